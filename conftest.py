@@ -1,0 +1,50 @@
+"""Settings for every test of the workspace: one torch thread a process, no hub, GPU tests only where a GPU is."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+
+import pytest
+
+# Before anything imports torch or transformers. An xdist worker inherits what its controller has set.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"
+if "LEANFORMERS_TEST_HOME" not in os.environ:
+    os.environ["LEANFORMERS_TEST_HOME"] = tempfile.mkdtemp(prefix="leanformers-tests-")
+os.environ["HF_HOME"] = os.environ["LEANFORMERS_TEST_HOME"]
+
+try:
+    from hypothesis import settings
+except ImportError:  # `make test-gpu` runs where only pytest is installed
+    settings = None  # type: ignore[assignment,misc]
+else:
+    # A busy machine is no failure, and a failure comes again.
+    settings.register_profile("workspace", deadline=None, derandomize=True, max_examples=50)
+    settings.load_profile("workspace")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # For a plain pytest, whose plugins may be fewer than those that the options in pyproject.toml are for.
+    if not config.pluginmanager.hasplugin("timeout"):
+        config.addinivalue_line("markers", "timeout(seconds): the longest that the test may take")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ["LEANFORMERS_TEST_HOME"], ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not on_gpu:
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device; `make test-gpu` on a machine with one runs it")
+    for item in on_gpu:
+        item.add_marker(skip)

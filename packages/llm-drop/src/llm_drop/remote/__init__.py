@@ -1,0 +1,1 @@
+"""Files that travel with an `hf-remote` checkpoint."""

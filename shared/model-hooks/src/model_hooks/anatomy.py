@@ -1,0 +1,316 @@
+"""Find the parts of any decoder-only transformers model by structure and one traced forward pass, never by class list.
+
+Every block is read as two sublayers around a residual stream, `y = x + scale * post(module(pre(x)))`, in one of four
+layouts. The reading is checked against the traced numbers: a block that does not compute what its anatomy says raises
+`UnsupportedArchitectureError` instead of being misread.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .errors import UnsupportedArchitectureError
+from .moe import MixtureOfExperts, mixture_of_experts
+from .trace import BlockTrace, Call, trace
+
+Layout = Literal["pre_norm", "sandwich", "post_norm", "parallel"]
+Kind = Literal["attention", "mlp"]
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """`x + scale * post(module(pre(x)))`: a token mixer or a feed-forward with the norms that belong to it."""
+
+    kind: Kind
+    name: str  # inside the block, e.g. "self_attn"
+    module: nn.Module
+    pre: tuple[str, ...]  # names inside the block, in the order they act
+    post: tuple[str, ...]
+    shared: tuple[str, ...]  # of those, the ones the other sublayer uses too
+    scale: float  # residual multiplier; 1.0 in most models
+    returns: int  # 0: the module returns a tensor; n: a tuple of n whose first is the hidden states
+
+    @property
+    def own_norms(self) -> tuple[str, ...]:
+        """Norms and dropouts that go when this sublayer goes."""
+        return tuple(n for n in dict.fromkeys((*self.pre, *self.post)) if n not in self.shared)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One decoder layer. A sublayer that was dropped is None."""
+
+    index: int
+    name: str
+    module: nn.Module
+    layout: Layout
+    attention: Sublayer | None
+    mlp: Sublayer | None
+    returns: int = 0
+
+    @property
+    def sublayers(self) -> tuple[Sublayer, ...]:
+        return tuple(s for s in (self.attention, self.mlp) if s is not None)
+
+    @cached_property
+    def experts(self) -> MixtureOfExperts | None:
+        """The experts of the feed-forward, or None where it is dense."""
+        return mixture_of_experts(self.mlp.module) if self.mlp else None
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Where everything is in `model`. Names are module paths from `model`."""
+
+    model: Any
+    decoder: Any  # the module that owns the stack and takes input_ids
+    decoder_name: str
+    stack_name: str
+    blocks: tuple[Block, ...]
+    embeddings: str
+    final_norm: str | None
+    head: str | None
+    vision_tower: str | None
+    connector: str | None
+    original_index: tuple[int, ...]  # of each block, counted in the model before anything was dropped
+    num_original_layers: int
+    edits: tuple[dict[str, Any], ...] = ()  # what was dropped before, as config.json says it
+
+    @property
+    def layout(self) -> Layout:
+        return self.blocks[0].layout
+
+    @property
+    def dropped_attention(self) -> tuple[int, ...]:
+        """Original indices of the blocks without attention."""
+        return self._dropped("attention")
+
+    @property
+    def dropped_mlp(self) -> tuple[int, ...]:
+        return self._dropped("mlp")
+
+    def _dropped(self, kind: Kind) -> tuple[int, ...]:
+        kept = {o for o, b in zip(self.original_index, self.blocks, strict=True) if getattr(b, kind) is not None}
+        return tuple(i for i in range(self.num_original_layers) if i not in kept)
+
+    def __str__(self) -> str:
+        lines = [f"{type(self.model).__name__}: {len(self.blocks)} blocks in {self.stack_name}, {self.layout}"]
+        for block in self.blocks:
+            parts = [f"{s.kind} {s.name}({'+'.join(s.own_norms)})" for s in block.sublayers]
+            moe = f", {block.experts.num_experts} experts" if block.experts else ""
+            lines.append(f"  {block.index:3d}  {'  '.join(parts)}{moe}")
+        return "\n".join(lines)
+
+
+def text_config(model: Any) -> Any:
+    return model.config.get_text_config(decoder=True)
+
+
+def refuse(model: Any, reason: str) -> UnsupportedArchitectureError:
+    return UnsupportedArchitectureError(f"{type(model).__name__} is not supported: {reason}")
+
+
+def anatomy(model: Any) -> Anatomy:
+    """Read the structure of `model` (on any device, any dtype; runs one forward of six tokens, changes nothing).
+
+    Raises `UnsupportedArchitectureError`, naming what was not recognised, for encoder-decoders, recurrent or hybrid
+    mixers, shared KV caches, and blocks whose arithmetic is not one of the four layouts.
+    """
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise refuse(model, "it is an encoder-decoder; decoder-only models are")
+    stack_name, stack = _stack(model)
+    decoder_name = stack_name.rpartition(".")[0]
+    decoder = model.get_submodule(decoder_name)
+    *traces, top = trace(model, [*stack, decoder])
+    if any(t.y is None for t in traces):
+        raise refuse(model, f"not every block of {stack_name} ran in a forward pass of text")
+    lean = getattr(model.config, "lean", None) or {}
+    edits = tuple(lean.get("edits", ()))
+    blocks = tuple(
+        _read_block(model, index, f"{stack_name}.{index}", module, t, [e for e in edits if e["block"] == index])
+        for index, (module, t) in enumerate(zip(stack, traces, strict=True))
+    )
+    vision_tower, connector = _vision(model, decoder)
+    return Anatomy(
+        model=model,
+        decoder=decoder,
+        decoder_name=decoder_name,
+        stack_name=stack_name,
+        blocks=blocks,
+        embeddings=_name_of(model, model.get_input_embeddings()) or "",
+        final_norm=next((f"{decoder_name}.{c.name}" for c in top.calls if c.input is traces[-1].y), None),
+        head=_name_of(model, model.get_output_embeddings()),
+        vision_tower=vision_tower,
+        connector=connector,
+        original_index=tuple(lean.get("original_index", range(len(blocks)))),
+        num_original_layers=lean.get("num_original_layers", len(blocks)),
+        edits=edits,
+    )
+
+
+def _stack(model: Any) -> tuple[str, nn.ModuleList]:
+    """The ModuleList of decoder blocks: as long as the text model is deep, outside of any vision tower."""
+    depth = getattr(text_config(model), "num_hidden_layers", None)
+    vision = [n for n, _ in _vision_modules(model)]
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == depth
+        and not any(name.startswith(v + ".") for v in vision)
+    ]
+    found = [f for f in found if not any(f[0].startswith(other + ".") for other, _ in found)]
+    if len(found) != 1:
+        names = ", ".join(n for n, _ in found) or "none"
+        raise refuse(model, f"expected one ModuleList of {depth} decoder blocks, found {names}")
+    return found[0]
+
+
+def _read_block(
+    model: Any, index: int, name: str, module: nn.Module, t: BlockTrace, edits: list[dict[str, Any]]
+) -> Block:
+    where = f"block {index} ({type(module).__name__})"
+    if t.x is None or t.x_value is None or t.y is None or t.y.shape != t.x.shape:
+        raise refuse(model, f"{where} does not map hidden states to hidden states")
+    if edits:
+        return _edited_block(index, name, module, edits)
+    attention = _attention_call(model, where, t)
+    mlp = _mlp_call(model, where, t, attention)
+    a_source, _, a_pre = _before(attention, t)
+    m_source, m_value, m_pre = _before(mlp, t)
+    if a_source is not t.x:
+        raise refuse(model, f"{where}: {attention.name} does not read the block's input")
+    a_post, delta_a = _after(attention, t)
+    m_post, delta_m = _after(mlp, t)
+    parallel = m_source is t.x
+    if parallel:
+        scales = _fit(module, t.y, t.x_value, delta_a + delta_m)
+        scale_a = scale_m = scales
+    else:
+        scale_a = _fit(module, m_value, t.x_value, delta_a)
+        scale_m = _fit(module, t.y, m_value, delta_m)
+    if scale_a is None or scale_m is None:
+        raise refuse(model, f"{where} is not x + {attention.name}(...) and + {mlp.name}(...) around a residual stream")
+    norms_before, norms_after = _weighted(module, a_pre), _weighted(module, a_post)
+    layout: Layout = (
+        "parallel" if parallel else "pre_norm" if not norms_after else "sandwich" if norms_before else "post_norm"
+    )
+    shared = tuple(n for n in dict.fromkeys((*a_pre, *a_post)) if n in {*m_pre, *m_post})
+
+    def sublayer(kind: Kind, call: Call, pre: tuple[str, ...], post: tuple[str, ...], scale: float) -> Sublayer:
+        return Sublayer(kind, call.name, call.module, pre, post, shared, scale, call.returns)
+
+    return Block(
+        index,
+        name,
+        module,
+        layout,
+        sublayer("attention", attention, a_pre, a_post, scale_a),
+        sublayer("mlp", mlp, m_pre, m_post, scale_m),
+        t.returns,
+    )
+
+
+def _edited_block(index: int, name: str, module: nn.Module, edits: list[dict[str, Any]]) -> Block:
+    """A block that lost a sublayer (or both, for constants): its structure was written down when that happened."""
+    edit = edits[0]
+    kept: dict[Kind, Sublayer] = {}
+    if len(edits) == 1:
+        k = edit["kept"]
+        child = module.get_submodule(k["name"])
+        kept[k["kind"]] = Sublayer(
+            k["kind"], k["name"], child, tuple(k["pre"]), tuple(k["post"]), (), k["scale"], k["returns"]
+        )
+    return Block(index, name, module, edit["layout"], kept.get("attention"), kept.get("mlp"), edit["returns"])
+
+
+def _attention_call(model: Any, where: str, t: BlockTrace) -> Call:
+    writers = list(dict.fromkeys(t.writers))
+    found = [c for c in t.calls if c.name in writers]
+    if len(found) != 1:
+        kinds = ", ".join(f"{n} ({type(m).__name__})" for n, m in {c.name: c.module for c in t.calls}.items())
+        raise refuse(model, f"{where}: one child should write the KV cache, {len(found)} did; its children: {kinds}")
+    return found[0]
+
+
+def _mlp_call(model: Any, where: str, t: BlockTrace, attention: Call) -> Call:
+    others = [c for c in t.calls if c is not attention and not c.elementwise]
+    found = [c for c in others if c.output.numel() == c.input.numel() == attention.output.numel()]
+    if len(found) != 1 or len(others) != 1:
+        names = ", ".join(f"{c.name} ({type(c.module).__name__})" for c in others) or "none"
+        raise refuse(model, f"{where}: expected one feed-forward module beside {attention.name}, found {names}")
+    return found[0]
+
+
+def _before(call: Call, t: BlockTrace) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    """Follow norms back from a call's input: the residual tensor they read (object and value) and their names."""
+    source, value, names = call.input, call.input_value, []
+    for c in reversed(t.calls[: t.calls.index(call)]):
+        if c.elementwise and c.output is source:
+            source, value = c.input, c.input_value
+            names.insert(0, c.name)
+    return source, value, tuple(names)
+
+
+def _after(call: Call, t: BlockTrace) -> tuple[tuple[str, ...], Tensor]:
+    """Follow norms and dropouts on from a call's output: their names, and the delta that comes out."""
+    source, value, names = call.output, call.output_value, []
+    for c in t.calls[t.calls.index(call) + 1 :]:
+        if c.elementwise and c.input is source:
+            source, value = c.output, c.output_value
+            names.append(c.name)
+    return tuple(names), value
+
+
+def _weighted(block: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Norms: elementwise children that are not dropouts."""
+    return tuple(n for n in names if not isinstance(block.get_submodule(n), (nn.Dropout, nn.Identity)))
+
+
+def _fit(block: nn.Module, y: Tensor, x: Tensor, delta: Tensor) -> float | None:
+    """The scale with which `y = x + scale * delta` holds: 1, or a float the block owns; None if there is none."""
+    own = (v for v in vars(block).values() if isinstance(v, float))
+    for scale in (1.0, *own):
+        expected = x.double() + scale * delta.double().reshape(x.shape)
+        bound = 16 * torch.finfo(y.dtype).eps * max(float(expected.abs().max()), float(x.abs().max()))
+        if float((y.double() - expected).abs().max()) <= bound:
+            return scale
+    return None
+
+
+def _name_of(model: Any, module: nn.Module | None) -> str | None:
+    return next((n for n, m in model.named_modules() if m is module), None) if module is not None else None
+
+
+def _vision_modules(model: Any) -> list[tuple[str, nn.Module]]:
+    """The outermost sub-models that run on `config.vision_config`."""
+    vision_config = getattr(model.config, "vision_config", None)
+    if vision_config is None:
+        return []
+    kind = getattr(vision_config, "model_type", None)
+    found = [
+        (n, m)
+        for n, m in model.named_modules()
+        if n and getattr(getattr(m, "config", None), "model_type", None) == kind and hasattr(m, "get_input_embeddings")
+    ]
+    return [f for f in found if not any(f[0].startswith(o + ".") for o, _ in found)]
+
+
+def _vision(model: Any, decoder: nn.Module) -> tuple[str | None, str | None]:
+    """Names of the vision tower and of the connector: the sibling with weights that is neither tower nor decoder."""
+    towers = _vision_modules(model)
+    if not towers:
+        return None, None
+    tower = towers[0][0]
+    parent = tower.rpartition(".")[0]
+    for name, child in model.get_submodule(parent).named_children():
+        path = f"{parent}.{name}" if parent else name
+        taken = path == tower or any(m is decoder for m in child.modules()) or child is model.get_output_embeddings()
+        if not taken and any(True for _ in child.parameters()):
+            return tower, path
+    return tower, None

@@ -1,0 +1,85 @@
+"""Files that are either whole or absent: everything is written beside its place and renamed into it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import RequestError
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def atomic_write(path: str | Path, content: str | bytes) -> None:
+    """Write `content` to `path` so that a crash or a full disk leaves the old file, or the new one, never a part."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def refuse_existing(path: str | Path, overwrite: bool) -> None:
+    """Raise `RequestError` where `path` exists and may not be replaced: call it before the work, not after."""
+    if Path(path).exists() and not overwrite:
+        raise RequestError(f"{path} exists already and was left as it is; give another name or --overwrite")
+
+
+@contextmanager
+def atomic_folder(
+    folder: str | Path, overwrite: bool = False, source: str | Path | None = None
+) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its place when the block ends well, and vanishes when not.
+
+    Raises `RequestError` if `folder` exists (unless `overwrite`) or is, holds or lies in `source`.
+    """
+    target = Path(folder).absolute()
+    refuse_existing(folder, overwrite)
+    if source is not None and Path(source).exists():
+        here, there = target.resolve(), Path(source).resolve()
+        if here == there or here in there.parents or there in here.parents:
+            raise RequestError(f"output {folder} overlaps the input {source}; write somewhere else")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for stale in target.parent.glob(f".{target.name}.part-*"):  # left by a killed run
+        shutil.rmtree(stale, ignore_errors=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{target.name}.part-", dir=target.parent))
+    try:
+        yield part
+        for file in part.rglob("*"):
+            _sync(file)
+        os.chmod(part, 0o755)
+        _swap(part, target)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def _swap(part: Path, target: Path) -> None:
+    old = target.with_name(f".{target.name}.old")
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(target, old)
+    os.replace(part, target)
+    _sync(target.parent)
+    if old.is_dir():
+        shutil.rmtree(old, ignore_errors=True)
+    elif old.exists():
+        old.unlink()

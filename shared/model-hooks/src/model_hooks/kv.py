@@ -1,0 +1,124 @@
+"""KV caches for models some of whose layers have no attention.
+
+transformers reads a cache's length and mask sizes off one layer, by default the first. A layer that never writes would
+answer 0 there and restart the positions, silently. So the slots of dropped layers hold a placeholder that is not a
+`CacheLayerMixin`: `Cache.get_seq_length` and `Cache.get_mask_sizes` then look at the first layer that does write. This
+module is the one place that knows how transformers' caches work; `self_check` guards it against upgrades.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from .errors import RequestError
+
+
+class NoKV:
+    """A cache slot that stores nothing. `is_sliding` is None: neither of the two mask look-ups may pick this slot."""
+
+    is_sliding = None
+    is_compileable = True
+    is_croppable = True
+    is_initialized = True
+    supports_early_init = False
+    keys = None
+    values = None
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def _nothing(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+    offload = prefetch = reset = crop = reorder_cache = batch_repeat_interleave = batch_select_indices = _nothing
+
+    def __repr__(self) -> str:
+        return "NoKV()"
+
+
+def reserve(cache: Any, dropped: Iterable[int]) -> None:
+    """Put placeholders into the slots `dropped` of `cache`, in place; doing it again changes nothing."""
+    for index in sorted(dropped):
+        while index >= len(cache.layers):
+            cache.layers.append(cache.layer_class_to_replicate())
+        layer = cache.layers[index]
+        if isinstance(layer, NoKV):
+            continue
+        if layer.is_initialized and layer.get_seq_length() > 0:
+            raise RequestError(
+                f"the KV cache given holds keys for layer {index}, which has no attention: it was filled by another "
+                "model; pass a fresh cache"
+            )
+        cache.layers[index] = NoKV()
+
+
+def install(decoder: Any, dropped: Iterable[int]) -> None:
+    """Make `decoder` (the module that owns the stack) put placeholders into every cache it is given or makes."""
+    indices = tuple(dropped)
+    signature = inspect.signature(type(decoder).forward)
+
+    def before_forward(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if len(args) > 1:  # input_ids alone may come by position; the rest is easier to see by name
+            bound = signature.bind_partial(module, *args, **kwargs).arguments
+            kwargs = {**bound.pop("kwargs", {}), **{k: v for k, v in bound.items() if k != "self"}}
+            args = ()
+        cache = kwargs.get("past_key_values")
+        if cache is None and _uses_cache(module, kwargs):
+            from transformers import DynamicCache
+
+            cache = kwargs["past_key_values"] = DynamicCache(config=module.config)
+        if cache is not None:
+            reserve(cache, indices)
+        return args, kwargs
+
+    previous = decoder.__dict__.pop("_no_kv_hook", None)
+    if previous is not None:
+        previous.remove()
+    if indices:
+        decoder.__dict__["_no_kv_hook"] = decoder.register_forward_pre_hook(before_forward, with_kwargs=True)
+
+
+def _uses_cache(decoder: Any, kwargs: dict[str, Any]) -> bool:
+    use_cache = kwargs.get("use_cache")
+    use_cache = decoder.config.use_cache if use_cache is None else use_cache
+    return bool(use_cache) and not (decoder.training and getattr(decoder, "gradient_checkpointing", False))
+
+
+def kv_bytes(cache: Any) -> int:
+    """Bytes that the keys and values of `cache` occupy (allocated, so a static cache counts its full length)."""
+    total = 0
+    for layer in cache.layers:
+        for states in (layer.keys, layer.values) if getattr(layer, "is_initialized", False) else ():
+            total += states.numel() * states.element_size() if isinstance(states, torch.Tensor) else 0
+    return total
+
+
+@torch.no_grad()
+def self_check(model: Any) -> None:
+    """Two tokens, then two more through the cache, must equal four at once. Raises RuntimeError where they do not."""
+    import transformers
+
+    from .trace import small_input
+
+    ids = small_input(model)[:, :4]
+    training = model.training
+    model.eval()
+    try:
+        whole = model(input_ids=ids, use_cache=False).logits[:, 2:]
+        first = model(input_ids=ids[:, :2], use_cache=True)
+        cache = first.past_key_values
+        length = cache.get_seq_length()
+        parts = model(input_ids=ids[:, 2:], past_key_values=cache, use_cache=True).logits
+    finally:
+        model.train(training)
+    exact = whole.dtype in (torch.float32, torch.float64)
+    error = float((whole - parts).abs().max() / whole.abs().max().clamp_min(1e-30))
+    if length != 2 or (exact and error > 1e-3):
+        raise RuntimeError(
+            f"cached and uncached logits differ by {error:.1e} (cache length {length}, expected 2): the cache rules of "
+            f"transformers {transformers.__version__} are not those known here (5.15 to 5.23); please report it"
+        )

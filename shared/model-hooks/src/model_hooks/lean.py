@@ -1,0 +1,169 @@
+"""Models that lost a sublayer, as transformers classes.
+
+`lean` in a checkpoint's config.json says what was done (`edits`); `LeanLlamaConfig` and `LeanLlamaForCausalLM` (made on
+demand from any stock pair) build the stock model and apply those edits, so that `from_pretrained`, `save_pretrained`,
+`generate`, Trainer and PEFT work as on any model. The model type is `lean_<base>`: without `import model_hooks`, loading
+fails loudly instead of filling dropped layers with random weights.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import kv
+from .trace import first_tensor
+
+PREFIX = "lean_"
+
+
+class Zero(nn.Module):
+    """Stands where a feed-forward was: adds nothing to the residual stream, or `bias` [hidden_size] to every token."""
+
+    def __init__(self, returns: int, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.returns = returns
+        self.bias = None if bias is None else nn.Parameter(bias)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        out = torch.zeros_like(hidden_states)
+        return _pack(out if self.bias is None else out + self.bias, self.returns)
+
+
+def _pack(hidden_states: Tensor, returns: int) -> Any:
+    return hidden_states if returns == 0 else (hidden_states, *([None] * (returns - 1)))
+
+
+@cache
+def attention_free_class(base: type[nn.Module]) -> type[nn.Module]:
+    """The decoder layer class `base` with a forward that runs the feed-forward half alone.
+
+    It keeps its name, since device maps and FSDP find layers by it. `lean_edit` on the instance is the edit.
+    """
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        edit = self.lean_edit
+        kept = edit["kept"]
+        x = first_tensor(args, kwargs)  # [batch, T, hidden]
+        assert x is not None
+        residual = x if self.lean_bias is None else x + self.lean_bias
+        h = x if edit["layout"] == "parallel" else residual
+        for name in (*kept["pre"], kept["name"], *kept["post"]):
+            h = self._modules[name](h)
+            h = h if isinstance(h, Tensor) else h[0]
+        h = h.reshape(x.shape)
+        return _pack(residual + (h if kept["scale"] == 1.0 else kept["scale"] * h), edit["returns"])
+
+    return type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__, "lean_base": base})
+
+
+def apply_edit(block: nn.Module, edit: dict[str, Any], bias: Tensor | None) -> None:
+    """Take the sublayer that `edit` names out of `block`, in place; `bias` [hidden_size] takes its place if given."""
+    if edit["kept"]["kind"] == "mlp":
+        for name in (edit["name"], *edit["norms"]):
+            delattr(block, name)
+        block.__class__ = attention_free_class(type(block))
+        block.lean_edit = edit
+        block.register_parameter("lean_bias", None if bias is None else nn.Parameter(bias))
+        return
+    setattr(block, edit["name"], Zero(edit["drops_returns"], bias))
+    for name in edit["norms"]:
+        setattr(block, name, nn.Identity())
+
+
+def apply_lean(model: Any) -> None:
+    """Apply all edits of `model.config.lean` to a freshly built stock model."""
+    lean = model.config.lean
+    stack = model.get_submodule(lean["stack"])
+    weight = model.get_input_embeddings().weight
+    for edit in lean["edits"]:
+        width = lean["hidden_size"]
+        bias = torch.zeros(width, dtype=weight.dtype, device=weight.device) if edit["bias"] else None
+        apply_edit(stack[edit["block"]], edit, bias)
+    install_cache_rules(model)
+
+
+def install_cache_rules(model: Any) -> None:
+    lean = model.config.lean
+    without = [e["block"] for e in lean["edits"] if e["kept"]["kind"] == "mlp"]
+    kv.install(model.get_submodule(lean["stack"].rpartition(".")[0]), without)
+
+
+@cache
+def lean_config_class(base: type) -> Any:
+    """`LlamaConfig` -> `LeanLlamaConfig`, with model type `lean_llama`."""
+    model_type = PREFIX + base.model_type  # type: ignore[attr-defined]
+    return type(f"Lean{base.__name__}", (base,), {"model_type": model_type, "__module__": __name__})
+
+
+@cache
+def lean_model_class(base: type) -> Any:
+    """`LlamaForCausalLM` -> `LeanLlamaForCausalLM`, which applies the config's edits after building the stock model."""
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        base.__init__(self, config, *args, **kwargs)  # type: ignore[misc]
+        apply_lean(self)
+
+    config_class = lean_config_class(base.config_class)  # type: ignore[attr-defined]
+    _register_conversions(base.config_class.model_type)  # type: ignore[attr-defined]
+    body = {"__init__": __init__, "config_class": config_class, "__module__": base.__module__, "lean_base": base}
+    return type(f"Lean{base.__name__}", (base,), body)
+
+
+def _register_conversions(model_type: str) -> None:
+    """Checkpoints of some types (Mixtral) are laid out otherwise than their modules: the rules go by model type."""
+    from transformers import conversion_mapping as rules
+
+    known = rules.get_checkpoint_conversion_mapping(model_type)
+    if known is not None:
+        rules.register_checkpoint_conversion_mapping(PREFIX + model_type, known, overwrite=True)
+
+
+class _LazyLeanConfig:
+    """What AutoConfig finds under `lean_<base>`: makes the real config class, and registers its model, when asked."""
+
+    model_type: str
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        return make_lean_classes(cls.model_type.removeprefix(PREFIX)).from_dict(config_dict, **kwargs)
+
+
+@cache
+def make_lean_classes(base_model_type: str) -> Any:
+    """The lean config class for a stock model type; its model classes are registered with the Auto classes."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    base_config = CONFIG_MAPPING[base_model_type]
+    config_class = lean_config_class(base_config)
+    AutoConfig.register(PREFIX + base_model_type, config_class, exist_ok=True)
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if base_config in auto._model_mapping:
+            auto.register(config_class, lean_model_class(auto._model_mapping[base_config]), exist_ok=True)
+    return config_class
+
+
+def register() -> None:
+    """Let the Auto classes resolve `lean_<base>` for every base type that transformers knows. Cheap: nothing is built."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+
+    for base in CONFIG_MAPPING_NAMES:
+        name = PREFIX + base
+        if name not in CONFIG_MAPPING:
+            CONFIG_MAPPING.register(name, type(name, (_LazyLeanConfig,), {"model_type": name}))  # type: ignore[arg-type]
+
+
+def become_lean(model: Any) -> None:
+    """Turn a stock model object, edited in place, into its lean class: `save_pretrained` then writes the truth."""
+    if not hasattr(type(model), "lean_base"):
+        make_lean_classes(model.config.model_type)
+        model.config.__class__ = lean_config_class(type(model.config))
+        model.__class__ = lean_model_class(type(model))
+    model.config.architectures = [type(model).__name__]
+    install_cache_rules(model)
+
+

@@ -1,0 +1,151 @@
+"""Load a model from a hub id, a folder or `zoo:NAME`, and refuse anything that would load wrongly but quietly."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import RequestError
+
+ZOO = "zoo:"
+
+
+def resolve(source: str | Path) -> str:
+    """What transformers is given for `source`: the folder of a zoo model, a local folder, or a hub id as it is."""
+    text = str(source)
+    if text.startswith(ZOO):
+        from . import zoo
+
+        return str(zoo.resolve(text))
+    path = Path(text)
+    if path.is_dir():
+        _check_folder(path)
+        return text
+    if path.exists():
+        raise RequestError(f"{text} is a file; a model is a hub id, a checkpoint folder or zoo:NAME")
+    looks_local = path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1
+    if looks_local:
+        raise RequestError(f"no folder {text}; a model is a hub id (owner/name), a checkpoint folder or zoo:NAME")
+    return text
+
+
+def load(
+    source: str | Path, *, dtype: Any = "auto", device_map: Any = None, tokenizer: bool = True, **kwargs: Any
+) -> tuple[Any, Any]:
+    """Load `source` for inference: (model in eval mode, tokenizer or None).
+
+    `source`: hub id, checkpoint folder or `zoo:NAME`. Further arguments go to `AutoModelForCausalLM.from_pretrained`.
+    Raises `RequestError` for a folder that is not a checkpoint, a truncated safetensors file, weights missing,
+    left over or of other shapes than the config says.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = resolve(source)
+    with quiet():
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                where, dtype=dtype, device_map=device_map, output_loading_info=True, **kwargs
+            )
+            loaded_tokenizer = AutoTokenizer.from_pretrained(where) if tokenizer else None
+        except (OSError, ValueError, RuntimeError) as error:
+            raise _explain(source, error) from error
+    _refuse_mismatch(source, info)
+    model.eval()
+    if (getattr(model.config, "lean", None) or {}).get("edits") and not _on_meta(model):
+        from .kv import self_check
+
+        self_check(model)
+    return model, loaded_tokenizer
+
+
+def load_tokenizer(source: str | Path) -> Any:
+    """The tokenizer of `source` alone."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(resolve(source))
+    except (OSError, ValueError) as error:
+        raise _explain(source, error) from error
+
+
+def _on_meta(model: Any) -> bool:
+    return any(p.device.type == "meta" for p in model.parameters())
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse, by name, what is broken in a checkpoint folder; reads headers only."""
+    if not (folder / "config.json").is_file():
+        raise RequestError(f"{folder} has no config.json; a checkpoint folder holds config.json and *.safetensors")
+    files = sorted(folder.glob("*.safetensors"))
+    pickled = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
+    if not files and pickled:
+        raise RequestError(f"{folder} holds pickled weights ({pickled[0].name}); only safetensors are read: convert it")
+    if not files:
+        raise RequestError(f"{folder} holds no *.safetensors; a checkpoint folder holds config.json and weights")
+    for file in files:
+        check_safetensors(file)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        named = set(json.loads(index.read_text())["weight_map"].values())
+        missing = sorted(n for n in named if not (folder / n).is_file())
+        if missing:
+            raise RequestError(f"{folder} lacks {missing[0]}, which its index names; the copy is incomplete")
+
+
+def check_safetensors(file: Path) -> None:
+    """Raise `RequestError` unless `file` is as long as its header says."""
+    size = file.stat().st_size
+    with file.open("rb") as handle:
+        prefix = handle.read(8)
+        length = int.from_bytes(prefix, "little")
+        try:
+            header = json.loads(handle.read(length)) if len(prefix) == 8 and length < size else None
+        except ValueError:
+            header = None
+    if not isinstance(header, dict):
+        raise RequestError(f"{file} is not a safetensors file (broken header); copy it again")
+    end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    if size != 8 + length + end:
+        raise RequestError(f"{file} is truncated: {size} bytes, its header says {8 + length + end}; copy it again")
+
+
+def _refuse_mismatch(source: str | Path, info: dict[str, Any]) -> None:
+    said = {"missing_keys": "in the config but not in the weights", "mismatched_keys": "of another shape",
+            "unexpected_keys": "in the weights but not in the config", "error_msgs": "reported as errors"}  # fmt: skip
+    for key, meaning in said.items():
+        wrong = sorted(str(k) for k in info.get(key) or ())
+        if wrong:
+            raise RequestError(
+                f"{source}: config and weights do not match: {len(wrong)} tensors {meaning}, first {wrong[0]}; "
+                "nothing was loaded"
+            )
+
+
+def _explain(source: str | Path, error: Exception) -> RequestError:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if "mismatch" in str(error):
+        reason = "config and weights do not match: some tensors have other shapes than the config says"
+    elif "does not appear to have" in lines[0] or "connect" in str(error) or "offline" in str(error).lower():
+        reason = "not found on the hub, or the hub cannot be reached; give a local folder or zoo:NAME"
+    else:
+        reason = lines[0]
+    return RequestError(f"cannot load {source}: {reason}")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers without its loading bars and messages; what they would say is checked here instead."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

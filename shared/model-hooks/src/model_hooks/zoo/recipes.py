@@ -1,0 +1,94 @@
+"""What each zoo model is and how it is trained. A new model is one more entry here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from model_hooks.zoo.tokenizer import VOCAB_SIZE
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+CONTEXT = 1024
+END_ID, PAD_ID = 0, 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A model's configuration and its training.
+
+    ``stages`` are (share of the time at which it starts, sequence length in tokens); a step holds ``windows`` x 1024
+    tokens at every length. Learning rates warm up over ``warmup`` steps, stay, and fall linearly to zero over the last
+    ``decay`` share of the time. ``limit_mb`` bounds the bf16 weights file.
+    """
+
+    config: Callable[[], PretrainedConfig]
+    summary: str
+    minutes: float
+    limit_mb: float
+    stages: tuple[tuple[float, int], ...] = ((0.0, 256), (0.3, 512), (0.8, 1024))
+    windows: int = 6
+    muon_lr: float = 0.02
+    adam_lr: float = 0.003
+    weight_decay: float = 0.1
+    warmup: int = 60
+    decay: float = 0.25
+    recall_share: float = 0.1
+    seed: int = 0
+
+
+def llama() -> PretrainedConfig:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=128,
+        intermediate_size=320,
+        num_hidden_layers=20,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=CONTEXT,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        bos_token_id=END_ID,
+        eos_token_id=END_ID,
+        pad_token_id=PAD_ID,
+    )
+
+
+def gpt2() -> PretrainedConfig:
+    from transformers import GPT2Config
+
+    return GPT2Config(
+        vocab_size=VOCAB_SIZE,
+        n_positions=CONTEXT,
+        n_embd=96,
+        n_layer=4,
+        n_head=4,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=END_ID,
+        eos_token_id=END_ID,
+        pad_token_id=PAD_ID,
+    )
+
+
+RECIPES: dict[str, Recipe] = {
+    "llama": Recipe(
+        config=llama,
+        summary="a dense Llama with grouped queries: 20 layers, so that dropping layers means something",
+        minutes=55,
+        limit_mb=8,
+    ),
+    "gpt2": Recipe(
+        config=gpt2,
+        summary="a small GPT-2, trained shortly: the weak model of weak-to-strong filtering",
+        minutes=4,
+        limit_mb=2,
+        stages=((0.0, 256), (0.6, 1024)),
+    ),
+}

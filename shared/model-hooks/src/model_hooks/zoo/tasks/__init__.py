@@ -1,0 +1,185 @@
+"""Four multiple-choice tasks made from held-out modules, 200 questions each with four choices (chance 0.25).
+
+They are built when asked for, always the same: from the shipped text, with their own small lexer and a fixed seed,
+so neither the Python version nor any library changes a question. This folder is an lm-eval task folder as well:
+
+    lm_eval --model hf --model_args pretrained=FOLDER --include_path $(python -m model_hooks.zoo.tasks) --tasks zoo_name
+
+A question is a context and four continuations; the model's answer is the most likely one. Contexts never end in
+white space, so that a continuation always starts a token.
+"""
+
+from __future__ import annotations
+
+import keyword
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+from model_hooks.zoo import corpus, synthetic
+
+SIZE = 200  # questions a task
+CHOICES = 4
+CHANCE = 1 / CHOICES
+CONTEXT = 900  # characters of code before a question, about 300 tokens
+RECALL_TOKENS = 512
+
+LEXEMES = re.compile(
+    r"(?P<skip>[rbfuRBFU]{0,2}(?:'''.*?'''|\"\"\".*?\"\"\"|'(?:\\.|[^'\\\n])*'|\"(?:\\.|[^\"\\\n])*\")|\#[^\n]*)"
+    r"|(?P<name>[A-Za-z_]\w*)|(?P<open>[(\[{])|(?P<close>[)\]}]+)|\d\w*|\s+|.",
+    re.DOTALL,
+)
+CLOSING = {"(": ")", "[": "]", "{": "}"}
+KEYWORDS = frozenset([*keyword.kwlist, "self"])
+
+
+@dataclass(frozen=True)
+class Question:
+    """``choices`` continue ``context``; ``answer`` is the index of the true one."""
+
+    context: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+def _question(rng: random.Random, context: str, true: str, wrong: list[str]) -> Question:
+    """Put the true continuation among the wrong ones; white space at the border goes to the continuations."""
+    kept = context.rstrip()
+    choices = [context[len(kept) :] + c for c in (true, *wrong)]
+    order = rng.sample(range(CHOICES), CHOICES)
+    return Question(kept, tuple(choices[i] for i in order), order.index(0))
+
+
+def _context(text: str, end: int) -> str:
+    """The last 900 characters before ``end``, from the start of a line."""
+    start = max(0, end - CONTEXT)
+    return text[text.find("\n", start, end) + 1 if start else 0 : end]
+
+
+def _line_end(text: str, at: int) -> int:
+    found = text.find("\n", at)
+    return len(text) if found < 0 else found
+
+
+Candidate = Callable[[random.Random, str], "Question | None"]
+
+
+def _next_line(rng: random.Random, text: str) -> Question | None:
+    """Which line comes next? The others are lines of the same file, alike in indentation and length."""
+    lines = text.split("\n")
+    at = rng.randrange(len(lines))
+    true, end = lines[at], sum(len(line) + 1 for line in lines[:at]) - 1
+    if end < CONTEXT or len(true.strip()) < 12:
+        return None
+    context = _context(text, end)
+    indent = len(true) - len(true.lstrip())
+    alike = {
+        line
+        for line in lines
+        if abs(len(line) - len(true)) <= 0.25 * len(true)
+        and abs(len(line) - len(line.lstrip()) - indent) <= 4
+        and len(line.strip()) >= 12
+    }
+    wrong = sorted(line for line in alike - {true} if line not in context)
+    if len(wrong) < CHOICES - 1 or true in context:
+        return None
+    return _question(rng, context + "\n", true, rng.sample(wrong, CHOICES - 1))
+
+
+@cache
+def _lexemes(text: str) -> list[re.Match[str]]:
+    return [m for m in LEXEMES.finditer(text) if m.lastgroup in ("name", "open", "close")]
+
+
+def _name(rng: random.Random, text: str) -> Question | None:
+    """Which identifier comes here? The others occur in the same file, as often as they are drawn."""
+    names = [m for m in _lexemes(text) if m.lastgroup == "name" and len(m[0]) > 2 and m[0] not in KEYWORDS]
+    picked = rng.choice(names)
+    if picked.start() < CONTEXT:
+        return None
+    rest = text[picked.end() : _line_end(text, picked.end())]
+    wrong = sorted({m[0] for m in rng.sample(names, min(60, len(names))) if abs(len(m[0]) - len(picked[0])) <= 3})
+    wrong = [w for w in wrong if w != picked[0]]
+    if len(wrong) < CHOICES - 1 or text[picked.start() - 1] not in " .([\n":
+        return None
+    chosen = [w + rest for w in rng.sample(wrong, CHOICES - 1)]
+    return _question(rng, _context(text, picked.start()), picked[0] + rest, chosen)
+
+
+def _bracket(rng: random.Random, text: str) -> Question | None:
+    """Which brackets close the code here? The others close too few, too many or the wrong ones."""
+    found = _lexemes(text)
+    closers = [i for i, m in enumerate(found) if m.lastgroup == "close"]
+    at = rng.choice(closers)
+    run, start = found[at][0], found[at].start()
+    if start < CONTEXT or not (text[start - 1].isalnum() or text[start - 1] == "_"):
+        return None
+    stack: list[str] = []
+    for m in found[:at]:
+        if m.start() < start - CONTEXT:
+            continue
+        for c in m[0] if m.lastgroup in ("open", "close") else "":
+            if c in CLOSING:
+                stack.append(CLOSING[c])
+            elif stack:
+                stack.pop()
+    if len(stack) < max(2, len(run)):
+        return None
+    swap = {")": "]", "]": ")", "}": ")"}
+    others = {run[:-1], run + stack[-1], run + swap[run[-1]], swap[run[0]] + run}
+    others |= {swap[run[0]] + run[1:], run[:-1] + swap[run[-1]]}
+    rest = text[found[at].end() : _line_end(text, _line_end(text, found[at].end()) + 1)]  # and the next line
+    wrong = [w + rest for w in rng.sample(sorted(others - {run}), CHOICES - 1)]
+    return _question(rng, _context(text, start), run + rest, wrong)
+
+
+def _recall(rng: random.Random) -> Question:
+    """Which value has this name? The table and earlier queries fill 512 tokens; the others are values of the table."""
+    count = _encoder()
+    pairs = 24
+    while True:  # the table takes about three fourths of the tokens, earlier queries the rest
+        document = synthetic.recall(rng, pairs, pairs)
+        table = count(document.head)
+        if table <= RECALL_TOKENS * 3 // 4:
+            break
+        pairs -= 1
+    text, room, asked = document.head, RECALL_TOKENS - table - 20, 0
+    while room > 0 and asked < pairs - 1:
+        line = "".join(document.queries[asked]) + document.end
+        text, room, asked = text + line, room - count(line), asked + 1
+    prompt, answer = document.queries[asked]
+    alike = [v for v in document.values if v != answer and v.startswith('"') == answer.startswith('"')]
+    wrong = alike if len(alike) >= CHOICES - 1 else [v for v in document.values if v != answer]
+    return _question(rng, text + prompt, answer, rng.sample(wrong, CHOICES - 1))
+
+
+@cache
+def _encoder() -> Callable[[str], int]:
+    from model_hooks.zoo import tokenizer
+
+    bpe = tokenizer.load().backend_tokenizer
+    return lambda text: len(bpe.encode(text).ids)
+
+
+FROM_TEXT: dict[str, Candidate] = {"zoo_next_line": _next_line, "zoo_bracket": _bracket, "zoo_name": _name}
+TASKS = ("zoo_next_line", "zoo_recall", "zoo_bracket", "zoo_name")
+
+
+@cache
+def questions(task: str, seed: int = 0) -> tuple[Question, ...]:
+    """The questions of a task; another ``seed`` gives other questions of the same kind."""
+    if task not in TASKS:
+        raise ValueError(f"unknown task {task!r}; the zoo has {', '.join(TASKS)}")
+    rng = random.Random(f"{task}/{seed}")
+    if task == "zoo_recall":
+        return tuple(_recall(rng) for _ in range(SIZE))
+    documents = [text for _, text in corpus.text("heldout") if len(text) > 2 * CONTEXT]
+    weights = [len(text) for text in documents]
+    seen: dict[str, Question] = {}
+    while len(seen) < SIZE:
+        question = FROM_TEXT[task](rng, rng.choices(documents, weights)[0])
+        if question:
+            seen.setdefault(question.context, question)
+    return tuple(seen.values())

@@ -1,0 +1,76 @@
+"""A measured figure with its standard error, and arithmetic that carries the error along.
+
+Where two figures come from the same seeds, arithmetic is done seed by seed, so that the error of a difference is that
+of the paired differences. Otherwise errors are taken as independent and added in quadrature (first order).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean, stdev
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """`value` with standard error `se`; `samples` are the values by seed where there are several."""
+
+    value: float
+    se: float = 0.0
+    samples: Mapping[int, float] = field(default_factory=dict)
+
+    @property
+    def exact(self) -> bool:
+        """A plain number: no error, no seeds."""
+        return not self.se and not self.samples
+
+
+def merge(by_seed: Mapping[int, tuple[float, float | None]]) -> Quantity | None:
+    """One cell from its seeds' (value, own standard error or None). None where nothing was measured.
+
+    The value is the mean. The error is the standard error over seeds; with one seed, or where all seeds gave the same
+    value, it is the metric's own (its mean over seeds: repeating the same measurement does not make it surer).
+    """
+    if not by_seed:
+        return None
+    samples = {seed: by_seed[seed][0] for seed in sorted(by_seed)}
+    own = fmean(by_seed[seed][1] or 0.0 for seed in samples)
+    if len(samples) == 1:
+        return Quantity(next(iter(samples.values())), own)
+    return Quantity(fmean(samples.values()), spread(list(samples.values())) or own, samples)
+
+
+def spread(values: Sequence[float]) -> float:
+    """Standard error of the mean of `values`: sample standard deviation over the root of their number."""
+    if len(values) < 2 or min(values) == max(values):
+        return 0.0
+    return stdev(values) / math.sqrt(len(values))
+
+
+def combine(operation: Callable[[float, float], float], a: Quantity, b: Quantity) -> Quantity:
+    """`operation(a, b)` with its error. Raises what the operation raises (ZeroDivisionError, OverflowError)."""
+    value = operation(a.value, b.value)
+    samples: dict[int, float] = {}
+    seeds = a.samples.keys() or b.samples.keys()
+    if all(q.samples.keys() == seeds or q.exact for q in (a, b)):
+        samples = {s: operation(a.samples.get(s, a.value), b.samples.get(s, b.value)) for s in seeds}
+    paired = spread(list(samples.values()))
+    if paired:
+        return Quantity(value, paired, samples)
+    first = _slope(lambda x: operation(x, b.value), a.value) * a.se if a.se else 0.0
+    second = _slope(lambda x: operation(a.value, x), b.value) * b.se if b.se else 0.0
+    return Quantity(value, math.hypot(first, second), samples)
+
+
+def apply(function: Callable[[float], float], a: Quantity) -> Quantity:
+    """`function(a)` with its error."""
+    return combine(lambda x, _: function(x), a, Quantity(0.0))
+
+
+def _slope(function: Callable[[float], float], at: float) -> float:
+    step = 1e-6 * max(1.0, abs(at))
+    try:
+        return (function(at + step) - function(at - step)) / (2 * step)
+    except (ValueError, ZeroDivisionError, OverflowError):  # at the edge of what the function takes
+        return (function(at + step) - function(at)) / step

@@ -1,0 +1,184 @@
+"""Run what has not been measured yet, unit by unit; what was measured stays, whatever happens to the process."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import math
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from .errors import TableError, nearest, one_line
+from .machine import describe, machine
+from .paper import Context, Paper, check_scale
+from .progress import progress
+from .store import Results, locked, read_results, results_path, write_atomic
+from .table import Table, Unit
+from .version import code_version, unit_key
+
+
+@dataclass
+class Summary:
+    """What a run did: counts of units, and the failed ones with their errors."""
+
+    measured: int = 0
+    cached: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def exit_code(self) -> int:
+        return 1 if self.failed else 0
+
+
+@dataclass(frozen=True)
+class _Job:
+    paper: Paper
+    table: Table
+    path: Path
+    results: Results
+    code: str
+    units: list[Unit]
+
+
+def run_tables(
+    tables: Iterable[tuple[Paper, Table]],
+    *,
+    scale: str = "quick",
+    results: Path = Path("results"),
+    force: bool = False,
+    report: Callable[[str], None] = lambda line: None,
+) -> Summary:
+    """Measure what is missing of `tables` at `scale` into `results`.
+
+    A unit whose record has the same key (cell, inputs, code) is not run again unless `force`; a failed one always is.
+    `report` is told of failures as they happen. KeyboardInterrupt passes through; what was measured is on disk.
+    """
+    check_scale(scale)
+    summary, begun = Summary(), time.monotonic()
+    codes: dict[str, str] = {}
+    jobs: list[_Job] = []
+    for paper, table in tables:
+        if scale not in table.scales:
+            summary.skipped.append(f"{paper.name}/{table.id}")
+            continue
+        code = codes.setdefault(paper.name, code_version(paper))
+        path = results_path(results, paper.name, table.id, scale)
+        found = read_results(path, paper.name, table.id, scale)
+        units = [u for u in table.units(scale) if force or not _fresh(found, u, table, code)]
+        summary.cached += len(table.units(scale)) - len(units)
+        jobs.append(_Job(paper, table, path, found, code, units))
+    contexts = {job.paper.name: Context() for job in jobs}
+    with progress("tables", sum(len(job.units) for job in jobs)) as bar:
+        for job in jobs:
+            with locked(job.path):
+                for unit in job.units:
+                    bar.describe(f"{job.paper.name}/{job.table.id} {unit.id}")
+                    failure = _run_unit(job, unit, contexts[job.paper.name])
+                    bar.advance()
+                    if failure is None:
+                        summary.measured += 1
+                    else:
+                        summary.failed[f"{job.paper.name}/{job.table.id} {unit.id}"] = failure
+                        report(f"{job.paper.name}/{job.table.id} {unit.id}: {failure}")
+    summary.seconds = time.monotonic() - begun
+    return summary
+
+
+def _fresh(results: Results, unit: Unit, table: Table, code: str) -> bool:
+    record = results.units.get(unit.id, {})
+    return "values" in record and record.get("key") == unit_key(table, unit.cell, code)
+
+
+def _run_unit(job: _Job, unit: Unit, context: Context) -> str | None:
+    """Measure one unit and write it down. Returns the error's line where it failed."""
+    context.artefacts = {}
+    begun = time.monotonic()
+    record: dict[str, Any]
+    failure: str | None = None
+    try:
+        values = check_values(job.paper.run(dict(unit.cell), context), job.table)
+        artefacts = {name: _plain(value, name) for name, value in context.artefacts.items()}
+        record = {"values": values, **({"artefacts": artefacts} if artefacts else {})}
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise  # every further unit would fail in the same way
+        failure = one_line(error)
+        record = {"error": failure, "where": _where(error)}
+        del error
+        gc.collect()  # a failure may hold what the next unit needs the memory for
+    name = describe(machine())
+    job.results.machines[name] = dict(machine())
+    job.results.units[unit.id] = {
+        "key": unit_key(job.table, unit.cell, job.code),  # after the run: a hub model has its revision only now
+        "cell": {k: v for k, v in unit.cell.items() if k not in ("package", "table", "scale")},
+        **record,
+        "seconds": round(time.monotonic() - begun, 3),
+        "measured": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": name,
+    }
+    wanted = [u.id for u in job.table.units(job.results.scale)]
+    ordered = {i: job.results.units[i] for i in wanted if i in job.results.units}
+    job.results.units = ordered  # in the table's order; rows that the table no longer has go
+    used = {unit_record["machine"] for unit_record in ordered.values()}
+    job.results.machines = {k: v for k, v in job.results.machines.items() if k in used}
+    write_atomic(job.path, job.results.text())
+    return failure
+
+
+def _where(error: BaseException) -> str:
+    """File name and line of the innermost frame: enough to find it, without the folders of this machine."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+
+
+def check_values(values: Any, table: Table) -> dict[str, dict[str, float]]:
+    """What `run` returned, as column -> {"value", "se"?}. Raises `TableError` for anything but finite numbers."""
+    if not isinstance(values, Mapping):
+        raise TableError(f"run returned {type(values).__name__}, a mapping of columns to figures is expected")
+    checked = {}
+    for column, figure in values.items():
+        if column not in table.columns:
+            raise TableError(f"run returned {column!r}, which is no column{nearest(column, table.columns)}")
+        parts = dict(figure) if isinstance(figure, Mapping) else {"value": figure}
+        if "value" not in parts or set(parts) - {"value", "se"}:
+            raise TableError(f"column {column}: a number or {{'value', 'se'}} is expected, found {figure!r}")
+        numbers = {k: float(v) for k, v in parts.items() if v is not None}
+        if "value" not in numbers or not all(math.isfinite(v) for v in numbers.values()) or numbers.get("se", 0) < 0:
+            raise TableError(f"column {column} is {figure!r}, not a finite number; leave it out if it was not measured")
+        checked[str(column)] = numbers
+    return checked
+
+
+def _plain(value: Any, name: str) -> Any:
+    """An artefact as JSON can hold it: nested lists of numbers (not finite: None), text or mappings."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (str, int, bool)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v, name) for k, v in value.items()}
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist(), name)
+    if isinstance(value, (list, tuple)):
+        return [_plain(v, name) for v in value]
+    raise TableError(f"artefact {name!r} holds {type(value).__name__}; lists of numbers are expected")
+
+
+def publish(tables: Iterable[tuple[Paper, Table]], scale: str, results: Path) -> list[Path]:
+    """Copy the results at `scale` into the packages' own folders, to be committed. Failed units stay behind."""
+    written = []
+    for paper, table in tables:
+        found = read_results(results_path(results, paper.name, table.id, scale), paper.name, table.id, scale)
+        found.units = {k: v for k, v in found.units.items() if "values" in v}
+        if found.units:
+            target = paper.committed / table.id / f"{scale}.json"
+            write_atomic(target, found.text())
+            written.append(target)
+    return written

@@ -1,0 +1,85 @@
+"""Results on disk: one JSON file for each table and scale, whole or absent, shared safely by nobody at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import TableError
+
+FORMAT = 1
+
+
+@dataclass
+class Results:
+    """What was measured of one table at one scale. `units`: unit id -> record (key, values or error, ...)."""
+
+    package: str
+    table: str
+    scale: str
+    units: dict[str, dict[str, Any]] = field(default_factory=dict)
+    machines: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def text(self) -> str:
+        head = {"format": FORMAT, "package": self.package, "table": self.table, "scale": self.scale}
+        return json.dumps({**head, "machines": self.machines, "units": self.units}, indent=1, allow_nan=False) + "\n"
+
+
+def results_path(root: Path, package: str, table: str, scale: str) -> Path:
+    return root / package / table / f"{scale}.json"
+
+
+def read_results(path: Path, package: str, table: str, scale: str) -> Results:
+    """The results at `path`, empty where there are none. Raises `TableError` for a file that is not one of ours."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return Results(package, table, scale)
+    except (ValueError, OSError) as error:
+        raise TableError(f"{path} is not a results file ({error}); move it away and run again") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("units"), dict):
+        raise TableError(f"{path} is not a results file of format {FORMAT}; move it away and run again")
+    return Results(package, table, scale, content["units"], content.get("machines", {}))
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write beside `path` and rename: a crash or a full disk leaves the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold `path`'s lock; a second run of the same table is refused. The system frees it when a process dies."""
+    lock = path.with_name(f".{path.name}.lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        try:
+            import fcntl
+        except ImportError:  # no such locks on this system: one run at a time is then the user's care
+            yield
+            return
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TableError(f"another run is writing {path}; wait for it, or give another --results") from None
+        for stale in path.parent.glob(f".{path.name}.*"):  # parts left by a killed run
+            if stale != lock:
+                stale.unlink(missing_ok=True)
+        yield

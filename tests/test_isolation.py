@@ -1,0 +1,118 @@
+"""One package alone: from its folder, from a git URL, from wheel files, each into an empty environment.
+
+Third-party versions are held to the lock's, so that what is tested is our metadata and not the index of the day.
+The names of some packages belong to other projects on the public index, so every one of ours must come from here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import environment
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+NEVER = {"deepspeed", "lm-eval", "peft", "pytest", "ruff"}  # of extras and the developer's group
+
+
+@cache
+def settings() -> tuple[str, dict[str, str]]:
+    """uv, and an environment without a trace of the workspace."""
+    kept = {key: value for key, value in environment.site_environment().items() if not key.startswith("PYTHON")}
+    kept["PATH"] = os.pathsep.join(part for part in kept["PATH"].split(os.pathsep) if ".venv" not in part)
+    return str(environment.find_uv()), kept
+
+
+def call(*command: object, cwd: Path, **extra: str) -> str:
+    done = subprocess.run(
+        [str(part) for part in command], cwd=cwd, env=settings()[1] | extra, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def locked_versions(tmp_path_factory):
+    """The lock's third-party versions as constraints."""
+    uv, _ = settings()
+    options = ["--frozen", "--all-packages", "--all-extras", "--no-emit-workspace", "--no-hashes", "--no-header"]
+    file = tmp_path_factory.mktemp("lock") / "constraints.txt"
+    file.write_text(call(uv, "export", "--quiet", *options, cwd=environment.ROOT))
+    return file
+
+
+@pytest.fixture(scope="session")
+def wheels(snapshot, tmp_path_factory):
+    """Wheel files of all packages, by distribution name."""
+    folder = tmp_path_factory.mktemp("wheels")
+    call(settings()[0], "build", "--quiet", "--all-packages", "--out-dir", folder, cwd=snapshot)
+    return {file.name.split("-")[0].replace("_", "-"): file for file in folder.glob("*.whl")}
+
+
+def needed(name: str, packages) -> list[str]:
+    """A package of the workspace and the siblings that its plain install needs."""
+    projects = {package.name: package.project for package in packages}
+    names, open_names = [], [name]
+    while open_names:
+        names.append(open_names.pop())
+        requirements = [re.split(r"[^\w.-]", text, maxsplit=1)[0] for text in projects[names[-1]]["dependencies"]]
+        open_names += [other for other in requirements if other in projects and other not in [*names, *open_names]]
+    return names
+
+
+def test_wheels_hold_everything_that_the_package_reads(wheels, package):
+    listed = subprocess.run(
+        [sys.executable, "-m", "zipfile", "-l", str(wheels[package.name])], capture_output=True, text=True
+    )
+    inside = {line.split()[0] for line in listed.stdout.splitlines()[1:] if line.split()}
+    wanted = set()
+    inner = {"src": "", "configs": f"{package.import_name}/_configs", "tables": f"{package.import_name}/_tables"}
+    for start, place in inner.items():
+        for file in (package.folder / start).rglob("*"):
+            if file.is_file() and "__pycache__" not in file.parts and file.suffix != ".pyc":
+                wanted.add((Path(place) / file.relative_to(package.folder / start)).as_posix())
+    assert wanted
+    assert wanted <= inside
+
+
+@pytest.mark.parametrize("source", ["folder", "git", "wheels"])
+def test_package_alone(method, source, packages, snapshot, wheels, locked_versions, tmp_path):
+    uv, _ = settings()
+    own = needed(method.name, packages)
+    place = method.folder.relative_to(environment.ROOT).as_posix()
+    what = {
+        "folder": [f"./{place}"],
+        "git": [f"{method.name} @ git+{snapshot.as_uri()}#subdirectory={place}"],
+        "wheels": [wheels[name] for name in own],
+    }[source]
+    venv, room = tmp_path / "venv", tmp_path / "room"
+    room.mkdir()
+    call(uv, "venv", "--quiet", "--python", sys.executable, venv, cwd=tmp_path)
+    where = snapshot if source == "folder" else room
+    install = [uv, "pip", "install", "--quiet", "--python", venv, "--constraints", locked_versions]
+    call(*install, *what, cwd=where)
+
+    installed = {
+        row["name"] for row in json.loads(call(uv, "pip", "list", "--format", "json", "--python", venv, cwd=room))
+    }
+    assert set(own) <= installed
+    assert not installed & NEVER
+    call(uv, "pip", "check", "--python", venv, cwd=room)
+    for name in own:
+        (origin,) = venv.glob(f"lib/python3*/site-packages/{name.replace('-', '_')}-*.dist-info/direct_url.json")
+        assert json.loads(origin.read_text())["url"].startswith("file://"), f"{name} came from an index"
+
+    home = {"HOME": str(room), "HF_HOME": str(room / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    assert "Usage" in call(venv / "bin" / method.name, "--help", cwd=room, **home)
+    command, *arguments = shlex.split(method.smoke)
+    before = set(room.iterdir())
+    call(venv / "bin" / command, *arguments, cwd=room, **home)
+    made = {file for file in set(room.iterdir()) - before if file.stat().st_size and not file.name.startswith(".")}
+    assert made - {room / "hf"}, f"{method.smoke} left no result"

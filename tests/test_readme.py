@@ -1,0 +1,95 @@
+"""Every command and code block of the READMEs does what it shows (readme.py has the rules)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import environment
+import pytest
+import readme
+
+READMES = [
+    environment.ROOT / "README.md",
+    environment.ROOT / "CONTRIBUTING.md",
+    *sorted(folder / "README.md" for folder in environment.members()),
+]
+
+
+def identifier(file: Path) -> str:
+    return file.relative_to(environment.ROOT).as_posix()
+
+
+@pytest.fixture
+def room(tmp_path, monkeypatch):
+    """A folder to work in, with links to the repository's own files and folders."""
+    for entry in environment.ROOT.iterdir():
+        if not entry.name.startswith(".") and entry.name not in {"results", "dist"}:
+            (tmp_path / entry.name).symlink_to(entry)
+    (tmp_path / ".venv").symlink_to(environment.ROOT / ".venv")
+    monkeypatch.chdir(tmp_path)
+    for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS"):  # of the `make test` that runs this
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    return tmp_path
+
+
+def run(block: readme.Block, file: Path, names: dict[str, object], room: Path) -> None:
+    if block.language == "python":
+        exec(compile("\n" * block.line + block.text, str(file), "exec"), names)
+        return
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", block.text], cwd=room, capture_output=True, text=True)
+    output = f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    assert done.returncode == 0, f"{identifier(file)}:{block.line} exited {done.returncode}\n{block.text}\n{output}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("file", READMES, ids=identifier)
+def test_the_blocks_run(file, room):
+    names: dict[str, object] = {"__name__": "__main__", "__file__": str(file)}
+    for block in readme.blocks(file):
+        if block.runs:
+            run(block, file, names, room)
+
+
+@pytest.mark.parametrize("file", READMES, ids=identifier)
+def test_every_block_names_its_language_and_every_exception_its_ground(file):
+    for block in readme.blocks(file):
+        where = f"{identifier(file)}:{block.line}"
+        assert block.language, f"{where}: name the block's language: bash, python, or text for what is not code"
+        assert block.run_by is None or (environment.ROOT / block.run_by).is_file(), f"{where}: no {block.run_by}"
+
+
+def test_the_two_commands_stand_in_the_readme():
+    commands = [line for block in readme.blocks(READMES[0]) for line in block.text.splitlines()]
+    assert {"make reproduce", "make test"} <= {line.split("  #")[0].strip() for line in commands}
+
+
+def test_blocks_are_read_with_their_lines_and_exceptions(tmp_path):
+    file = tmp_path / "README.md"
+    file.write_text(
+        "# x\n\n```bash\necho 1\necho 2\n```\n\n<!-- not run: needs a GPU -->\n```python\nimport torch\n```\n\n"
+        "<!-- run by tests/test_lock.py -->\n\n```bash\nmake check\n```\ntext\n```text\noutput\n```\n"
+    )
+    first, second, third, fourth = readme.blocks(file)
+    assert (first.text, first.line, first.runs) == ("echo 1\necho 2", 3, True)
+    assert (second.language, second.reason, second.runs) == ("python", "needs a GPU", False)
+    assert (third.run_by, third.runs) == ("tests/test_lock.py", False)
+    assert (fourth.language, fourth.reason, fourth.runs) == ("text", None, False)
+
+
+def test_a_block_without_an_end_is_an_error(tmp_path):
+    (tmp_path / "README.md").write_text("```bash\necho 1\n")
+    with pytest.raises(ValueError, match=r"README\.md:1"):
+        readme.blocks(tmp_path / "README.md")
+
+
+def test_a_failing_block_fails_with_its_line(tmp_path):
+    block = readme.Block("bash", "false\necho after", 7)
+    with pytest.raises(AssertionError, match=r"README\.md:7 exited 1"):
+        run(block, environment.ROOT / "README.md", {}, tmp_path)
+    with pytest.raises(ZeroDivisionError):
+        run(readme.Block("python", "1 / 0", 1), environment.ROOT / "README.md", {}, tmp_path)
