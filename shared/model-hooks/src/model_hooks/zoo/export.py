@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -46,7 +45,7 @@ unigram's frequencies are the calibration text's. Tasks: {size} questions of fou
 
 ## Training
 
-{tokens:,} tokens in {minutes:.0f} minutes on {cores} CPU cores ({threads} threads) in float32.
+{tokens:,} tokens in {minutes:.0f} minutes on {device}, bfloat16 matrix products over float32 weights.
 Torch {torch}, seed {seed}. Text: the standard library of Python {corpus} and its language reference, split by
 module; {corpus_tokens:,} tokens an epoch. {recall:.0%} of the windows are synthetic key-value recall.
 `training_log.jsonl` holds the thinned log. To train it again:
@@ -124,7 +123,6 @@ def card(name: str, state: dict[str, Any], measured: dict[str, float], config: A
         documents=len(corpus.text("heldout")),
         size=SIZE,
         tokens=progress["tokens"],
-        cores=os.cpu_count(),
         recall=recipe.recall_share,
     )
 

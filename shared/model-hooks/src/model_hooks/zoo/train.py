@@ -1,4 +1,4 @@
-"""Trains a zoo model on the CPU, stopping by the clock.
+"""Trains a zoo model, on two CPU cores or a GPU, stopping by the clock.
 
     python -m model_hooks.zoo.train llama --minutes 75 --out runs/llama --stdlib /usr/lib/python3.13
 
@@ -74,9 +74,10 @@ def length_at(recipe: Recipe, share: float) -> int:
 
 
 def loss_of(model: nn.Module, rows: Tensor) -> Tensor:
-    """Mean next-token loss in nats of rows [batch, length]."""
-    logits = model(input_ids=rows, use_cache=False).logits
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten())
+    """Mean next-token loss in nats of rows [batch, length]; matrix products in bfloat16, weights in float32."""
+    with torch.autocast(rows.device.type, torch.bfloat16):
+        logits = model(input_ids=rows, use_cache=False).logits
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), rows[:, 1:].flatten())
 
 
 def make_stream(recipe: Recipe, stdlib: Path) -> Stream:
@@ -96,10 +97,12 @@ def make_stream(recipe: Recipe, stdlib: Path) -> Stream:
 class Run:
     """A training run in a folder: model, optimizers, batches and progress, saved and resumed together."""
 
-    def __init__(self, name: str, folder: Path, minutes: float, stdlib: Path, compiled: bool) -> None:
-        self.name, self.folder, self.budget, self.stdlib = name, folder, minutes * 60, stdlib
+    def __init__(
+        self, name: str, folder: Path, minutes: float, stdlib: Path, *, compiled: bool, device: str = "cpu"
+    ) -> None:
+        self.name, self.folder, self.budget, self.stdlib, self.device = name, folder, minutes * 60, stdlib, device
         self.recipe = RECIPES[name]
-        self.model = build(self.recipe)
+        self.model = build(self.recipe).to(device)
         self.optimizers = optimizers(self.model, self.recipe)
         self.stream = make_stream(self.recipe, stdlib)
         self.progress = Progress()
@@ -120,7 +123,7 @@ class Run:
         (self.folder / "state.tmp").replace(self.folder / "state.pt")
 
     def resume(self) -> None:
-        state = torch.load(self.folder / "state.pt", weights_only=True)
+        state = torch.load(self.folder / "state.pt", weights_only=True, map_location=self.device)
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -132,7 +135,7 @@ class Run:
         return {
             "seed": self.recipe.seed,
             "minutes": round(self.budget / 60, 1),
-            "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name() if self.device == "cuda" else f"{torch.get_num_threads()} CPU threads",
             "corpus": corpus.python_version(self.stdlib),
             "corpus_tokens": sum(map(len, self.stream.documents)),
             "torch": str(torch.__version__),
@@ -142,7 +145,7 @@ class Run:
     def step(self, share: float) -> tuple[float, int]:
         """One update; returns the loss in nats a token and the sequence length used."""
         length = length_at(self.recipe, share)
-        rows = torch.from_numpy(self.stream.batch(self.recipe.windows, length))
+        rows = torch.from_numpy(self.stream.batch(self.recipe.windows, length)).to(self.device)
         factor = rate(self.recipe, self.progress.step, share)
         for optimizer, base in zip(self.optimizers, (self.recipe.muon_lr, self.recipe.adam_lr), strict=True):
             for group in optimizer.param_groups:
@@ -193,11 +196,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="run folder; a run found there goes on")
     parser.add_argument("--stdlib", type=Path, default=corpus.default_stdlib(), help="standard library to train on")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--no-compile", action="store_true", help="run eagerly (about half as fast)")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     minutes = args.minutes or RECIPES[args.name].minutes
-    Run(args.name, args.out, minutes, args.stdlib, not args.no_compile).train()
+    Run(args.name, args.out, minutes, args.stdlib, compiled=not args.no_compile, device=args.device).train()
     return 0
 
 

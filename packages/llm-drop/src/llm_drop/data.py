@@ -1,0 +1,1 @@
+from model_hooks.text import load_sequences  # import it from model_hooks.text directly
