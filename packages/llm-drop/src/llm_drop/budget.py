@@ -18,11 +18,11 @@ from time import perf_counter
 from typing import Any, Literal
 
 import torch
-from model_hooks import RequestError, anatomy
 
 from llm_drop.plan import ONE_MUST_STAY, Plan
 from llm_drop.score import Scores
 from llm_drop.select import Objective, Unit, plan_of
+from model_hooks import RequestError, anatomy
 
 Resource = Literal["kv", "latency", "parameters"]
 SLACK = 1e-9  # relative; lets "half of the bytes" be exactly half
@@ -125,9 +125,10 @@ def kv_costs(model: Any, context: int = 2048) -> Costs:
 
     Sizes are read off a real cache after a short pass and scaled, so every cache layout counts as it is.
     """
+    from transformers import DynamicCache
+
     from model_hooks.kv import kv_bytes
     from model_hooks.trace import small_input
-    from transformers import DynamicCache
 
     parts = anatomy(model)
     ids = small_input(model)
@@ -158,8 +159,12 @@ def parameter_costs(model: Any) -> Costs:
     return Costs(float(sum(p.numel() for p in model.parameters())), units)
 
 
-def latency_costs(model: Any, context: int = 512, rounds: int = 12) -> Costs:
+def latency_costs(
+    model: Any, context: int = 512, rounds: int = 12, phase: Literal["decode", "prefill"] = "decode"
+) -> Costs:
     """Seconds per decoded token at `context` tokens of cache, in all and by sublayer, measured here.
+
+    With `phase="prefill"`: seconds of a forward over `context` tokens that fills the cache.
 
     Each sublayer is timed with its norms inside the running model. Sublayers of one kind and shape get the median of
     all of them: they do the same work, and the noise between them must not choose.
@@ -187,7 +192,7 @@ def latency_costs(model: Any, context: int = 512, rounds: int = 12) -> Costs:
             for module in members:
                 timer((sub.kind, original), module)
     try:
-        total = _decode_seconds(model, context, rounds, spent, now)
+        total = _pass_seconds(model, context, rounds, spent, now, phase)
     finally:
         for hook in hooks:
             hook.remove()
@@ -204,16 +209,20 @@ def _per_pass(times: list[float], modules: int) -> list[float]:
 
 
 @torch.no_grad()
-def _decode_seconds(model: Any, context: int, rounds: int, spent: dict[Unit, list[float]], now: Any) -> float:
+def _pass_seconds(model: Any, context: int, rounds: int, spent: dict[Unit, list[float]], now: Any, phase: str) -> float:
     device = model.get_input_embeddings().weight.device
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = (torch.arange(context, device=device) * 7 + 3).remainder(vocabulary).unsqueeze(0)
-    cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+    cache = None
+    if phase == "decode":
+        cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+        ids = ids[:, :1]
     times = []
     for done in range(rounds + 2):
         if done == 2:  # two to warm up
             spent.clear()
         began = now()
-        cache = model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True).past_key_values
+        cache = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
         times.append(now() - began)
+        cache = cache if phase == "decode" else None
     return statistics.median(times[2:])

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from model_hooks import Card, RequestError, save
 from model_hooks.files import atomic_folder
 
@@ -110,8 +111,9 @@ def zeroed(model: Any) -> Any:
 
     A sublayer whose weights are all zero adds zero in every layout: a norm of zeros is zero too.
     """
-    from model_hooks.trace import small_input
     from transformers import AutoModelForCausalLM
+
+    from model_hooks.trace import small_input
 
     stock = AutoModelForCausalLM.from_config(_stock_config(model), dtype=model.dtype).eval()
     own = model.state_dict()
@@ -212,7 +214,7 @@ def check_nemotron_nas(folder: Path) -> None:
             expected |= {f"{at}post_attention_layernorm.weight": [width], f"{at}mlp.gate_proj.weight": [inner, width],
                          f"{at}mlp.up_proj.weight": [inner, width], f"{at}mlp.down_proj.weight": [width, inner]}  # fmt: skip
     with safe_open(folder / "model.safetensors", "pt") as handle:
-        found = {name: handle.get_slice(name).get_shape() for name in handle.keys()}
+        found = {name: handle.get_slice(name).get_shape() for name in handle}
     wrong = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
     if wrong:
         raise RuntimeError(f"nemotron-nas: {wrong[0]} is {found.get(wrong[0])}, described as {expected.get(wrong[0])}")

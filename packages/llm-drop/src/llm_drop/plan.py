@@ -74,7 +74,7 @@ class Plan:
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write the plan, atomically. An existing file is kept unless `overwrite`."""
-        from model_hooks.checkpoint import atomic_write
+        from model_hooks.files import atomic_write
 
         path = Path(path)
         if path.exists() and not overwrite:

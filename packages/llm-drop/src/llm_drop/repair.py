@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from model_hooks import RequestError
 from torch import Tensor
 
 from llm_drop.plan import Plan
 from llm_drop.score import Scores
 from llm_drop.select import Unit
+from model_hooks import RequestError
 
 
 def constants(plan: Plan, scores: Scores) -> dict[Unit, Tensor]:

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from model_hooks import FingerprintMismatch, RequestError, anatomy, fingerprint
 from torch import Tensor
 
 from llm_drop.select import Objective, Unit
 from llm_drop.similarity import ResidualSimilarity
+from model_hooks import FingerprintMismatch, RequestError, anatomy, fingerprint
 
 FORMAT = "llm-drop scores 1"
 KINDS = ("attention", "mlp", "block")
@@ -78,8 +78,9 @@ class Scores:
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write the JSON file, and the mean changes as `<name>.safetensors` beside it, each atomically."""
-        from model_hooks.files import atomic_write, refuse_existing
         from safetensors.torch import save
+
+        from model_hooks.files import atomic_write, refuse_existing
 
         path = Path(path)
         refuse_existing(path, overwrite)
@@ -102,7 +103,9 @@ class Scores:
         except (UnicodeDecodeError, json.JSONDecodeError, IsADirectoryError) as error:
             raise RequestError(f"{path}: not a scores file ({error})") from None
         if not isinstance(record, dict) or record.pop("format", None) != FORMAT:
-            raise RequestError(f"{path}: not a scores file of this version ({FORMAT!r}); make one with `llm-drop score`")
+            raise RequestError(
+                f"{path}: not a scores file of this version ({FORMAT!r}); make one with `llm-drop score`"
+            )
         digest = record.pop("deltas", None)
         for kind in KINDS:
             record[kind] = _int_keys(record[kind])
@@ -142,7 +145,9 @@ def score(
     from model_hooks.watch import watch
 
     if sequences.dim() != 2 or sequences.numel() == 0:
-        raise RequestError(f"calibration data has shape {tuple(sequences.shape)}; [samples, length] with data is needed")
+        raise RequestError(
+            f"calibration data has shape {tuple(sequences.shape)}; [samples, length] with data is needed"
+        )
     parts = anatomy(model)
     hidden = model.get_input_embeddings().weight.shape[1]
     watcher = ResidualSimilarity(len(parts.blocks), hidden, groups=groups, gaps=gaps, deltas=deltas)

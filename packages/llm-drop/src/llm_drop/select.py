@@ -13,9 +13,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Literal
 
-from model_hooks import RequestError
-
 from llm_drop.plan import ONE_MUST_STAY, Plan
+from model_hooks import RequestError
 
 if TYPE_CHECKING:
     from llm_drop.score import Scores
@@ -55,7 +54,7 @@ def select(
     """
     asked = {"attention": attention, "mlp": mlp, "blocks": blocks, "joint": joint}
     chosen = {name: n for name, n in asked.items() if n != 0}
-    if not chosen or len(chosen) > 1 and set(chosen) != {"attention", "mlp"}:
+    if not chosen or (len(chosen) > 1 and set(chosen) != {"attention", "mlp"}):
         raise RequestError(
             f"asked for {chosen or 'nothing'}; give attention and/or mlp, or blocks, or joint, each at least 1"
         )

@@ -12,36 +12,23 @@ partial results of batches, processes or runs add up.
 
 from __future__ import annotations
 
+from collections import deque
+
 import torch
-from model_hooks.watch import ResidualWatcher
 from torch import Tensor
+
+from model_hooks.watch import ResidualWatcher, Unit
 
 EPS = 1e-8
 CHUNK = 64  # tokens whose gap cosines are summed in float32 before the float64 sum
 
 
-def cosine(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Per token: cosine of `before` and `after`, the relative change |after - before| / |before|, and the change.
-
-    Args:
-        before, after: [..., H], any floating type; computed in float32.
-
-    Returns:
-        cosine [...], ratio [...], delta [..., H].
-    """
-    x, y = before.float(), after.float()
-    delta = y - x
-    size = torch.linalg.vector_norm(x, dim=-1)
-    cos = torch.linalg.vecdot(x, y) / (size * torch.linalg.vector_norm(y, dim=-1)).clamp_min(EPS)
-    return cos, torch.linalg.vector_norm(delta, dim=-1) / size.clamp_min(EPS), delta
-
-
 class ResidualSimilarity(ResidualWatcher):
     """Similarity of every unit and every run of blocks; also the mean change of every sublayer.
 
-    Sums, all float64 (`L` blocks, `G` groups of samples for the bootstrap, `H` hidden size):
+    `sums` holds, for G groups of samples and L blocks of width H:
 
-        tokens              [G]       tokens seen
+        tokens              [G]
         attention, mlp, block  [G, L]  sum of cosines
         *.ratio             [L]       sum of |delta| / |x|
         *.delta             [L, H]    sum of delta (sublayers only)
@@ -50,7 +37,7 @@ class ResidualSimilarity(ResidualWatcher):
     Args:
         num_layers: blocks in the model that is watched.
         hidden_size: width of its residual stream.
-        groups: sample k belongs to group k mod `groups`; the memory stays the same for any number of samples.
+        groups: sample k of the data belongs to group k mod `groups`; the memory is the same for any number of samples.
         gaps: keep the inputs of all blocks of the batch at work, in the model's own precision, for `C`.
         deltas: sum the changes, for `llm_drop.repair`.
     """
@@ -58,9 +45,10 @@ class ResidualSimilarity(ResidualWatcher):
     def __init__(
         self, num_layers: int, hidden_size: int, *, groups: int = 16, gaps: bool = True, deltas: bool = True
     ) -> None:
-        self.num_layers, self.groups, self.with_gaps, self.with_deltas = num_layers, groups, gaps, deltas
+        self.num_layers, self.groups = num_layers, groups
+        self.whole_batches = gaps
         zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float64)  # noqa: E731
-        self.sums: dict[str, Tensor] = {"tokens": zeros(groups), "samples": zeros(1)}
+        self.sums: dict[str, Tensor] = {"tokens": zeros(groups)}
         for unit in ("attention", "mlp", "block"):
             self.sums[unit] = zeros(groups, num_layers)
             self.sums[f"{unit}.ratio"] = zeros(num_layers)
@@ -69,56 +57,84 @@ class ResidualSimilarity(ResidualWatcher):
             self.sums["mlp.delta"] = zeros(num_layers, hidden_size)
         if gaps:
             self.sums["gaps"] = zeros(num_layers + 1, num_layers + 1)
-        self._states: list[Tensor] = []  # h_0 .. h_i of the batch at work, [B, T, H] each
+        self._recent: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=3)  # stream, its real tokens, their sizes
+        self._states: list[tuple[Tensor, Tensor]] = []  # of h_0 .. h_i: tokens [N, H] and sizes [N]
+        self._pending: list[tuple[Tensor, Tensor]] = []  # (a part of `sums`, what to add): moved once a batch
+        self._scratch = torch.zeros(0)
 
-    def see(self, index: int, unit: str, before: Tensor, after: Tensor, mask: Tensor) -> None:
-        """Add one unit's residual stream, [B, T, H] before and after it; `mask` [B, T] is true on real tokens."""
-        mask = mask.to(before.device)
-        cos, ratio, delta = cosine(before, after)
-        weight = mask.double()
-        rows = torch.where(mask, cos.double(), 0.0).sum(-1)  # [B]; where() keeps what padding holds out of the sums
-        self.sums[unit][:, index] += self._by_group(rows)
-        self.sums[f"{unit}.ratio"][index] += torch.where(mask, ratio.double(), 0.0).sum().cpu()
+    def see(self, index: int, unit: Unit, before: Tensor, after: Tensor, mask: Tensor) -> None:
+        """Add what one unit does to the residual stream, [B, T, H]; `mask` [B, T] is true on real tokens."""
+        x, x_size = self._real_tokens(before, mask)
+        y, y_size = self._real_tokens(after, mask)
+        delta = torch.sub(y, x, out=self._room(y))
+        cos = torch.linalg.vecdot(x, y) / (x_size * y_size).clamp_min(EPS)  # [N]
+        ratio = torch.linalg.vector_norm(delta, dim=-1) / x_size.clamp_min(EPS)
+        group = (self.samples % self.groups).repeat_interleave(mask.sum(-1)).to(cos.device)  # of every token
+        self._add(self.sums[unit][:, index], self._by_group(cos, group))
+        self._add(self.sums[f"{unit}.ratio"][index], ratio.sum(dtype=torch.float64))
         if f"{unit}.delta" in self.sums:
-            flat = torch.where(mask[..., None], delta, 0.0).flatten(0, 1)  # [B*T, H]
-            self.sums[f"{unit}.delta"][index] += flat.sum(0, dtype=torch.float64).cpu()
+            self._add(self.sums[f"{unit}.delta"][index], _token_sum(delta))
         if unit == "block":
-            self._see_block(index, before, after, weight, mask)
+            self._see_block(index, before, after, mask, self._by_group(torch.ones_like(cos), group))
 
-    def _by_group(self, rows: Tensor) -> Tensor:
-        """Sums of the batch's samples, [B], gathered by group, [G]."""
-        group = (torch.arange(len(rows)) + int(self.sums["samples"])) % self.groups
-        return torch.zeros(self.groups, dtype=torch.float64).index_add_(0, group, rows.cpu())
+    def end(self) -> None:
+        """Move what the batch added to the sums: a device is waited for once a batch, not once a unit."""
+        for total, value in self._pending:
+            total += value.cpu()
+        for batch in (self._pending, self._recent, self._states):
+            batch.clear()
 
-    def _see_block(self, index: int, before: Tensor, after: Tensor, weight: Tensor, mask: Tensor) -> None:
-        last = index == self.num_layers - 1
-        if self.with_gaps:
-            self._states.append(before)
-            if last:
-                self.sums["gaps"] += gap_cosines([*self._states, after], mask)
-                self._states.clear()
-        if last:
-            self.sums["tokens"] += self._by_group(weight.sum(-1))
-            self.sums["samples"] += len(before)
+    def _see_block(self, index: int, before: Tensor, after: Tensor, mask: Tensor, tokens: Tensor) -> None:
+        if self.whole_batches:
+            self._states.append(self._real_tokens(before, mask))
+        if index < self.num_layers - 1:
+            return
+        self._add(self.sums["tokens"], tokens)
+        if self.whole_batches:
+            self._add(self.sums["gaps"], gap_cosines([*self._states, self._real_tokens(after, mask)]))
+
+    def _add(self, total: Tensor, value: Tensor) -> None:
+        self._pending.append((total, value))
+
+    def _by_group(self, values: Tensor, group: Tensor) -> Tensor:
+        return torch.zeros(self.groups, dtype=torch.float64, device=values.device).index_add_(0, group, values.double())
+
+    def _real_tokens(self, stream: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The stream's real tokens [N, H] and their sizes |x| [N], in float32; one unit's output is the next's input."""
+        for seen, tokens, size in self._recent:
+            if seen is stream:
+                return tokens, size
+        tokens = (stream.flatten(0, 1) if bool(mask.all()) else stream[mask.to(stream.device)]).float()
+        size = torch.linalg.vector_norm(tokens, dim=-1)
+        self._recent.append((stream, tokens, size))
+        return tokens, size
+
+    def _room(self, like: Tensor) -> Tensor:
+        """Memory for one tensor of this shape, used again and again: fresh pages cost more than the arithmetic."""
+        if self._scratch.device != like.device or len(self._scratch) < like.numel():
+            self._scratch = torch.empty(like.numel(), device=like.device)
+        return self._scratch[: like.numel()].view_as(like)
 
 
-def gap_cosines(states: list[Tensor], mask: Tensor) -> Tensor:
-    """Sum over real tokens of cos(h_i, h_j), [L+1, L+1] float64, from the states h_i, [B, T, H] each.
+def _token_sum(values: Tensor) -> Tensor:
+    """Sum over the tokens of [N, H], in float64 from float32 sums of `CHUNK` tokens."""
+    return torch.stack([part.sum(0) for part in values.split(CHUNK)]).sum(0, dtype=torch.float64)
+
+
+def gap_cosines(states: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Sum over tokens of cos(h_i, h_j), [L+1, L+1] float64, from the states h_i [N, H] and their sizes [N].
 
     With every state normalised, the sum over tokens of all pairs of cosines is one matrix product over (token, H).
     """
-    device = states[-1].device
-    flat = [s.flatten(0, 1) for s in states]  # [N, H]
-    keep = mask.flatten().to(device)
-    total = torch.zeros(len(states), len(states), dtype=torch.float64)
-    for start in range(0, len(keep), CHUNK):
+    last = states[-1][0]
+    total = torch.zeros(len(states), len(states), dtype=torch.float64, device=last.device)
+    room = last.new_empty(len(states), min(CHUNK, len(last)), last.shape[-1])
+    for start in range(0, len(last), CHUNK):
         part = slice(start, start + CHUNK)
-        unit = torch.stack([_normalised(s[part].to(device), keep[part]) for s in flat]).flatten(1)  # [L+1, n*H]
-        total += (unit @ unit.T).double().cpu()
+        unit = room[:, : len(last[part])]
+        for i, (tokens, size) in enumerate(states):
+            scale = size[part].clamp_min(EPS).reciprocal()[:, None]
+            torch.mul(tokens[part].to(last.device), scale.to(last.device), out=unit[i])
+        flat = unit.flatten(1)
+        total += (flat @ flat.T).double()
     return total
-
-
-def _normalised(x: Tensor, keep: Tensor) -> Tensor:
-    x = x.float()
-    x = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(EPS)
-    return torch.where(keep[:, None], x, 0.0)

@@ -7,6 +7,7 @@ layouts. The reading is checked against the traced numbers: a block that does no
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -29,7 +30,7 @@ class Sublayer:
     kind: Kind
     name: str  # inside the block, e.g. "self_attn"
     module: nn.Module
-    pre: tuple[str, ...]  # names inside the block, in the order they act
+    pre: tuple[str, ...]  # names inside the block, in the order they act; OPT's fc1 is among them, its fc2 the module
     post: tuple[str, ...]
     shared: tuple[str, ...]  # of those, the ones the other sublayer uses too
     scale: float  # residual multiplier; 1.0 in most models
@@ -37,7 +38,7 @@ class Sublayer:
 
     @property
     def own_norms(self) -> tuple[str, ...]:
-        """Norms and dropouts that go when this sublayer goes."""
+        """Norms and dropouts (and OPT's fc1) that go when this sublayer goes."""
         return tuple(n for n in dict.fromkeys((*self.pre, *self.post)) if n not in self.shared)
 
 
@@ -180,9 +181,9 @@ def _read_block(
     if edits:
         return _edited_block(index, name, module, edits)
     attention = _attention_call(model, where, t)
-    mlp = _mlp_call(model, where, t, attention)
+    mlp, first_half = _mlp_call(model, where, t, attention)
     a_source, _, a_pre = _before(attention, t)
-    m_source, m_value, m_pre = _before(mlp, t)
+    m_source, m_value, m_pre = _before(mlp, t, first_half)
     if a_source is not t.x:
         raise refuse(model, f"{where}: {attention.name} does not read the block's input")
     a_post, delta_a = _after(attention, t)
@@ -238,23 +239,32 @@ def _attention_call(model: Any, where: str, t: BlockTrace) -> Call:
     return found[0]
 
 
-def _mlp_call(model: Any, where: str, t: BlockTrace, attention: Call) -> Call:
+def _mlp_call(model: Any, where: str, t: BlockTrace, attention: Call) -> tuple[Call, list[Call]]:
+    """The call whose output is the feed-forward's, and the calls before it where the block holds the feed-forward's
+    matrices itself (OPT's fc1 and fc2): these count as what acts on the input of the last one."""
     others = [c for c in t.calls if c is not attention and not c.elementwise]
-    found = [c for c in others if c.output.numel() == c.input.numel() == attention.output.numel()]
-    if len(found) != 1 or len(others) != 1:
+    *first_half, last = others or [attention]
+    walked = _walk_back(last, t, first_half)
+    whole = last.output.numel() == attention.output.numel() == walked[0].input.numel() and set(first_half) <= set(walked)
+    if last is attention or not whole:
         names = ", ".join(f"{c.name} ({type(c.module).__name__})" for c in others) or "none"
         raise refuse(model, f"{where}: expected one feed-forward module beside {attention.name}, found {names}")
-    return found[0]
+    return last, first_half
 
 
-def _before(call: Call, t: BlockTrace) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """Follow norms back from a call's input: the residual tensor they read (object and value) and their names."""
-    source, value, names = call.input, call.input_value, []
+def _walk_back(call: Call, t: BlockTrace, through: Sequence[Call] = ()) -> list[Call]:
+    """The calls, `call` the last, that each read the one before's output: norms, and what is in `through`."""
+    chain = [call]
     for c in reversed(t.calls[: t.calls.index(call)]):
-        if c.elementwise and c.output is source:
-            source, value = c.input, c.input_value
-            names.insert(0, c.name)
-    return source, value, tuple(names)
+        if c.output is chain[0].input and (c.elementwise or c in through):
+            chain.insert(0, c)
+    return chain
+
+
+def _before(call: Call, t: BlockTrace, through: Sequence[Call] = ()) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    """Follow norms back from a call's input: the residual tensor they read (object and value) and their names."""
+    chain = _walk_back(call, t, through)
+    return chain[0].input, chain[0].input_value, tuple(c.name for c in chain[:-1])
 
 
 def _after(call: Call, t: BlockTrace) -> tuple[tuple[str, ...], Tensor]:

@@ -15,7 +15,7 @@ from .errors import UnsupportedArchitectureError
 TOKENS = 6
 
 
-@dataclass
+@dataclass(eq=False)
 class Call:
     """One call of a direct child. Tensors are kept twice: the object (who handed it on) and its value at that moment,
     because some models add in place."""
@@ -150,7 +150,9 @@ def trace(model: Any, modules: list[nn.Module]) -> list[BlockTrace]:
     try:
         with recorder.recording():
             model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
-    except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, TypeError, AttributeError, KeyError, IndexError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UnsupportedArchitectureError(
             f"{type(model).__name__} is not supported: a forward pass of text with an ordinary KV cache failed: {reason}"

@@ -9,6 +9,7 @@ import operator
 import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,14 @@ class _Missing(Exception):
     """A cell that the expression needs was not measured."""
 
 
+class _NoRow(_Missing):
+    """A pattern that no row meets."""
+
+
+class _Undefined(_Missing):
+    """The figures are there, but not what is computed from them (a division by zero, the logarithm of 0)."""
+
+
 class _Evaluator:
     """One claim, one choice of its `for` values, one scale."""
 
@@ -53,14 +62,15 @@ class _Evaluator:
         self.shown: list[str] = []
 
     def truth(self, node: ast.expr) -> bool:
+        """Is it true? Raises `_Missing` where that cannot be said, `TableError` for what is not in the language."""
         if isinstance(node, ast.BoolOp):
             return self._both(node) if isinstance(node.op, ast.And) else not self._both(_negated(node))
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
             return not self.truth(node.operand)
         if isinstance(node, ast.Compare):
-            return self._compare(node)
+            return self._computed(self._compare, node) if len(node.ops) == 1 else self._both(_chain(node))
         if isinstance(node, ast.Call) and _called(node.func) in ("increasing", "decreasing"):
-            return self._ordered(node)
+            return self._computed(self._ordered, node)
         raise TableError(f"`{ast.unparse(node)}` is neither true nor false; compare it with something")
 
     def _both(self, node: ast.BoolOp) -> bool:
@@ -75,14 +85,21 @@ class _Evaluator:
             raise missing
         return True
 
+    def _computed(self, read: Callable[[Any], bool], node: ast.expr) -> bool:
+        try:
+            return read(node)
+        except (ArithmeticError, ValueError) as error:
+            if isinstance(error, TableError):
+                raise
+            raise _Undefined(f"cannot be computed ({error})") from None
+
     def _compare(self, node: ast.Compare) -> bool:
-        values = [self.figure(part) for part in (node.left, *node.comparators)]
-        text = f"{values[0].value:.4g}"
-        for symbol, value in zip(node.ops, values[1:], strict=True):
-            text += f" {_COMPARISONS[type(symbol)][1]} {value.value:.4g}"
-        self.shown.append(text)
-        pairs = zip(values, node.ops, values[1:], strict=False)
-        return all(_COMPARISONS[type(symbol)][0](a.value, b.value) for a, symbol, b in pairs)
+        if type(node.ops[0]) not in _COMPARISONS:
+            raise TableError(f"`{ast.unparse(node)}`: compare by {' '.join(sign for _, sign in _COMPARISONS.values())}")
+        compare, sign = _COMPARISONS[type(node.ops[0])]
+        left, right = self.figure(node.left).value, self.figure(node.comparators[0]).value
+        self.shown.append(f"{left:.4g} {sign} {right:.4g}")
+        return compare(left, right)
 
     def _ordered(self, node: ast.Call) -> bool:
         name, values = _called(node.func), self._list(node)
@@ -93,12 +110,12 @@ class _Evaluator:
         return all(above(a.value, b.value) for a, b in itertools.pairwise(values))
 
     def figure(self, node: ast.expr) -> Quantity:
-        found = self._value(node)
+        found = self.value(node)
         if isinstance(found, list):
             raise TableError(f"`{ast.unparse(node)}` is a list; put it into {', '.join(_MANY)}")
         return found
 
-    def _value(self, node: ast.expr) -> Quantity | list[Quantity]:
+    def value(self, node: ast.expr) -> Quantity | list[Quantity]:
         match node:
             case ast.Constant(value=bool()):
                 raise TableError(f"`{ast.unparse(node)}`: numbers only")
@@ -130,17 +147,15 @@ class _Evaluator:
             raise TableError(f"no column {column!r}{nearest(column, self.table.columns)}")
         try:
             wanted = row.format(**self.names)
-        except (KeyError, IndexError, ValueError) as error:
+        except (LookupError, ValueError, AttributeError, TypeError) as error:
             fields = [f for _, f, _, _ in string.Formatter().parse(row) if f] if "{" in row else []
             unknown = next((f for f in fields if f not in self.names), row)
             raise TableError(f"{row!r} names {unknown!r}{nearest(unknown, self.names)}") from error
         if not any(c in wanted for c in "*?"):
             return self._cell(column, wanted)
-        from fnmatch import fnmatchcase
-
         found = [r for r in self.rows if fnmatchcase(r, wanted)]
         if not found:
-            raise _Missing(f"no row {wanted} at this scale")
+            raise _NoRow(f"no row {wanted!r} at this scale")
         return [self._cell(column, r) for r in found]
 
     def _cell(self, column: str, row: str) -> Quantity:
@@ -152,7 +167,7 @@ class _Evaluator:
     def _list(self, node: ast.Call) -> list[Quantity]:
         values: list[Quantity] = []
         for argument in node.args:
-            found = self._value(argument)
+            found = self.value(argument)
             values.extend(found if isinstance(found, list) else [found])
         if not values or node.keywords:
             raise TableError(f"`{ast.unparse(node)}`: figures or a list of them are expected")
@@ -176,6 +191,12 @@ class _Evaluator:
 
 def _called(node: ast.expr) -> str:
     return node.id if isinstance(node, ast.Name) else ""
+
+
+def _chain(node: ast.Compare) -> ast.BoolOp:
+    """`a < b < c` as `a < b and b < c`."""
+    pairs = zip(itertools.pairwise((node.left, *node.comparators)), node.ops, strict=True)
+    return ast.BoolOp(ast.And(), [ast.Compare(a, [symbol], [b]) for (a, b), symbol in pairs])
 
 
 def _negated(node: ast.BoolOp) -> ast.BoolOp:
@@ -219,10 +240,8 @@ def judge(table: Table, claim: Claim, scale: str, lookup: Lookup) -> Verdict:
             shown = "; ".join(evaluator.shown)
         except _Missing as error:
             target, shown = missing, str(error)
-        except (ZeroDivisionError, OverflowError, ValueError) as error:
-            if isinstance(error, TableError):
-                raise TableError(f"{table.path}:{claim.line}: claim {claim.id}: {error}") from None
-            target, shown = missing, f"cannot be computed ({error})"
+        except TableError as error:
+            raise TableError(f"{table.path}:{claim.line}: claim {claim.id}: {error}") from None
         target.append(f"{label}: {shown}" if label else shown)
     if broken:
         return Verdict(NOT_HELD, _listed(broken) + (f" (held: {_listed(held)})" if held else ""))
@@ -237,53 +256,55 @@ def _listed(parts: list[str], most: int = 6) -> str:
 
 def check_claim(table: Table, claim: Claim) -> None:
     """Refuse, when a table is read, what could never be evaluated. Raises `TableError` with file and line."""
-
-    def fail(message: str) -> TableError:
-        return TableError(f"{table.path}:{claim.line}: claim {claim.id}: {message}")
-
     known = table.all_rows()
 
     def lookup(row: str, column: str) -> Quantity:
         if row not in known:
-            raise fail(f"no row {row!r} at any scale{nearest(row, known)}")
+            raise TableError(f"no row {row!r} at any scale{nearest(row, known)}")
         return Quantity(1.0)
 
     try:
-        _parse(claim)
+        expression, asked = _parse(claim), False
+        for scale in table.scales.values():
+            for choice in _bindings(table, claim, scale.name) or ():
+                asked = True
+                _check(_Evaluator(table, lookup, list(known), {**scale.settings, **choice}), expression)
+        if not asked:
+            wanted = next(v for v in claim.vary.values() if isinstance(v, str) and v.startswith("$"))
+            lists = {name for scale in table.scales.values() for name in scale.vary}
+            raise TableError(f"no scale has a list {wanted!r}{nearest(wanted[1:], lists)}")
     except TableError as error:
-        raise fail(str(error)) from None
-    asked = False
-    for scale in table.scales:
-        choices = _bindings(table, claim, scale)
-        if choices is not None:
-            asked = True
-            _every_part(table, claim, {**table.scales[scale].settings, **next(choices, {})}, lookup, list(known), fail)
-            judge(table, claim, scale, lookup)
-    if not asked:
-        wanted = next(v for v in claim.vary.values() if isinstance(v, str) and v.startswith("$"))
-        lists = {name for scale in table.scales.values() for name in scale.vary}
-        raise fail(f"no scale has a list {wanted!r}{nearest(wanted[1:], lists)}")
+        raise TableError(f"{table.path}:{claim.line}: claim {claim.id}: {error}") from None
 
 
-def _every_part(
-    table: Table, claim: Claim, names: Mapping[str, Any], lookup: Lookup, rows: list[str],
-    fail: Callable[[str], TableError],
-) -> None:  # fmt: skip
-    """Evaluate each operand once, so that an error behind an `or` that was decided earlier shows too."""
-    pending = [_parse(claim)]
-    while pending:
-        node = pending.pop()
-        if isinstance(node, ast.BoolOp):
-            pending.extend(node.values)
-        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
-            pending.append(node.operand)
-        else:
-            try:
-                _Evaluator(table, lookup, rows, names).truth(node)
-            except TableError as error:
-                raise error if claim.id in str(error) else fail(str(error)) from None
-            except _Missing as error:
-                if "no row" in str(error):
-                    raise fail(f"{error}, nor at any other".replace(" at this scale", "")) from None
-            except (ArithmeticError, ValueError):  # the stand-in figures, not the claim
-                continue
+def _check(evaluator: _Evaluator, node: ast.expr) -> None:
+    """Evaluate every operand, also those behind an `or` that is decided earlier."""
+    if isinstance(node, ast.BoolOp):
+        for part in node.values:
+            _check(evaluator, part)
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        _check(evaluator, node.operand)
+    elif isinstance(node, ast.Compare) and len(node.ops) > 1:
+        _check(evaluator, _chain(node))
+    else:
+        try:
+            evaluator.truth(node)
+        except _NoRow as error:
+            raise TableError(str(error).replace("this scale", "any scale")) from None
+        except _Undefined:  # owing to the stand-in figures, not to the claim: look at each part alone
+            _check_parts(evaluator, node)
+        except _Missing:
+            return
+
+
+def _check_parts(evaluator: _Evaluator, node: ast.expr) -> None:
+    parts = node.args if isinstance(node, ast.Call) else ast.iter_child_nodes(node)
+    for part in parts:
+        if not isinstance(part, ast.expr):
+            continue
+        try:
+            evaluator.value(part)
+        except (ArithmeticError, ValueError) as error:
+            if isinstance(error, TableError):
+                raise
+            _check_parts(evaluator, part)

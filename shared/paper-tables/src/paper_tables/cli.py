@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from .errors import TableError, WorkFailed
-from .frame import App, make_app
+from .frame import App, Shown, make_app
 from .paper import Paper, check_scale, choose, installed
 from .table import Table
 
@@ -30,7 +30,7 @@ def _chosen(targets: Sequence[str]) -> tuple[Chosen, dict[str, str]]:
         if name in problems:
             raise TableError(f"the tables of {name} cannot be loaded: {problems[name]}")
     if targets:
-        return choose(papers.values(), targets), problems
+        return choose(papers.values(), targets), {}  # what else is installed is not the question
     chosen: Chosen = []
     for name, paper in papers.items():
         try:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from . import markdown, page
 from .report import LABELS, TableReport, as_json, tally
-from .store import write_atomic
+from .store import write
 
 
 def write_report(reports: Sequence[TableReport], problems: Mapping[str, str], folder: Path) -> dict[str, Path]:
@@ -21,12 +21,12 @@ def write_report(reports: Sequence[TableReport], problems: Mapping[str, str], fo
         key = (report.paper.name, report.table.id)
         for plot, scale, png in draw_all(report):
             name = f"plots/{key[0]}-{key[1]}-{plot.id}-{scale}.png"
-            write_atomic(folder / name, png)
+            write(folder / name, png)
             paths.setdefault(key, []).append(name)
             pictures.setdefault(key, []).append((f"{plot.title}, {LABELS[scale]}", png))
     data = {"claims": tally(reports), "problems": dict(problems), "tables": [as_json(report) for report in reports]}
     files = {"html": folder / "report.html", "markdown": folder / "report.md", "json": folder / "report.json"}
-    write_atomic(files["html"], page.page(reports, problems, pictures))
-    write_atomic(files["markdown"], markdown.page(reports, problems, paths))
-    write_atomic(files["json"], json.dumps(data, indent=1, allow_nan=False) + "\n")
+    write(files["html"], page.page(reports, problems, pictures))
+    write(files["markdown"], markdown.page(reports, problems, paths))
+    write(files["json"], json.dumps(data, indent=1, allow_nan=False) + "\n")
     return files

@@ -237,6 +237,8 @@ def show(result: Any, *, as_json: bool = False) -> None:
     if as_json:
         print(json.dumps(plain({} if result is None else result), indent=1, allow_nan=False))
         return
+    if isinstance(result, Shown):
+        return
     if not isinstance(result, Mapping):
         if result is not None:
             print(result)
@@ -253,6 +255,10 @@ def show(result: Any, *, as_json: bool = False) -> None:
     for key, value in result.items():
         if _is_table(value):
             console.print(_as_table(_label(key), value))
+
+
+class Shown(dict[str, Any]):
+    """A result that its command has printed already: only `--json` prints it."""
 
 
 def _label(key: Any) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import TableError
+from .errors import TableError, nearest
 from .frame import require
 
 
@@ -35,7 +35,7 @@ class LanguageScore:
 
     @property
     def bits_per_byte(self) -> dict[str, float]:
-        """loss * tokens / bytes / ln 2: comparable between tokenizers."""
+        """loss * tokens / bytes / ln 2: comparable between tokenizers. Its error takes tokens per byte as known."""
         scale = self.tokens / self.bytes / math.log(2)
         return {"value": self.loss * scale, "se": self.loss_se * scale}
 
@@ -121,6 +121,7 @@ class _Text:
     def __init__(self, tokenizer: Any, documents: Iterable[str], limit: int | None) -> None:
         self.tokenizer, self.source, self.limit = tokenizer, documents, limit
         self.documents = self.bytes = 0
+        self.begun = False
 
     def stream(self) -> Iterator[tuple[int, bool]]:
         eos, bos = self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
@@ -134,8 +135,9 @@ class _Text:
                 yield between, False
             ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             self.bytes += len(text.encode("utf-8", "surrogatepass"))
-            if first is None and ids and not self.documents:
+            if first is None and ids and not self.begun:
                 self.bytes -= len(self.tokenizer.decode(ids[:1]).encode())
+            self.begun = self.begun or bool(ids)
             self.documents += 1
             for token in ids:
                 yield token, True
@@ -215,27 +217,26 @@ def lm_eval_tasks(
     """Run lm-eval `tasks` on a loaded model: task -> metric -> {"value", "se"?}, metrics by lm-eval's names ("acc").
 
     `folder`: a folder of task YAML files to take the tasks from, offline (`model_hooks.zoo`'s, for example); without
-    it, they are lm-eval's own. `limit`: documents per task; `shots`: overrides the tasks' own. Standard errors are
-    lm-eval's. Raises `TableError` for unknown tasks, `MissingExtra` without lm-eval.
+    it, they are lm-eval's own. A group's or tag's members are among the results under their own names. `limit`:
+    documents per task; `shots`: overrides the tasks' own. Standard errors are lm-eval's. Raises `TableError` for unknown tasks, `MissingExtra` without lm-eval.
     """
     require("lm_eval", extra="eval", package="paper-tables")
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     manager = _task_manager(None if folder is None else str(folder))
-    unknown = [task for task in tasks if task not in manager.all_tasks]
-    if unknown or not tasks:
-        from .errors import nearest
-
-        given = unknown[0] if unknown else ""
-        raise TableError(f"no lm-eval task {given!r}{nearest(given, manager.all_tasks)}")
+    if not tasks:
+        raise TableError("no lm-eval task was named; name one or more, such as 'hellaswag'")
+    for task in tasks:
+        if task not in manager.all_tasks:
+            raise TableError(f"no lm-eval task {task!r}{nearest(task, manager.all_tasks)}")
     with _quiet():
         found = simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size), tasks=list(tasks), limit=limit,
             num_fewshot=shots, task_manager=manager, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed,
             fewshot_random_seed=seed, log_samples=False, bootstrap_iters=200, verbosity="ERROR",
         )  # fmt: skip
-    return {task: _metrics(found["results"][task]) for task in tasks}
+    return {str(task): _metrics(metrics) for task, metrics in found["results"].items()}
 
 
 def _metrics(found: dict[str, Any]) -> dict[str, dict[str, float]]:

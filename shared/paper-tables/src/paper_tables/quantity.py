@@ -25,6 +25,11 @@ class Quantity:
         """A plain number: no error, no seeds."""
         return not self.se and not self.samples
 
+    @property
+    def varies(self) -> bool:
+        """Do the seeds differ? If not, the error is the metric's own, and seeds say nothing about it."""
+        return len(set(self.samples.values())) > 1
+
 
 def merge(by_seed: Mapping[int, tuple[float, float | None]]) -> Quantity | None:
     """One cell from its seeds' (value, own standard error or None). None where nothing was measured.
@@ -35,7 +40,8 @@ def merge(by_seed: Mapping[int, tuple[float, float | None]]) -> Quantity | None:
     if not by_seed:
         return None
     samples = {seed: by_seed[seed][0] for seed in sorted(by_seed)}
-    own = fmean(by_seed[seed][1] or 0.0 for seed in samples)
+    errors = [error for _, error in by_seed.values() if error is not None]
+    own = fmean(errors) if errors else 0.0
     if len(samples) == 1:
         return Quantity(next(iter(samples.values())), own)
     return Quantity(fmean(samples.values()), spread(list(samples.values())) or own, samples)
@@ -43,7 +49,7 @@ def merge(by_seed: Mapping[int, tuple[float, float | None]]) -> Quantity | None:
 
 def spread(values: Sequence[float]) -> float:
     """Standard error of the mean of `values`: sample standard deviation over the root of their number."""
-    if len(values) < 2 or min(values) == max(values):
+    if len(values) < 2 or min(values) == max(values):  # stdev of equal values need not be exactly 0
         return 0.0
     return stdev(values) / math.sqrt(len(values))
 
@@ -55,11 +61,10 @@ def combine(operation: Callable[[float, float], float], a: Quantity, b: Quantity
     seeds = a.samples.keys() or b.samples.keys()
     if all(q.samples.keys() == seeds or q.exact for q in (a, b)):
         samples = {s: operation(a.samples.get(s, a.value), b.samples.get(s, b.value)) for s in seeds}
-    paired = spread(list(samples.values()))
-    if paired:
-        return Quantity(value, paired, samples)
-    first = _slope(lambda x: operation(x, b.value), a.value) * a.se if a.se else 0.0
-    second = _slope(lambda x: operation(a.value, x), b.value) * b.se if b.se else 0.0
+    if samples and (a.varies or b.varies):
+        return Quantity(value, spread(list(samples.values())), samples)
+    first = _error(lambda x: operation(x, b.value), a)
+    second = _error(lambda x: operation(a.value, x), b)
     return Quantity(value, math.hypot(first, second), samples)
 
 
@@ -68,9 +73,13 @@ def apply(function: Callable[[float], float], a: Quantity) -> Quantity:
     return combine(lambda x, _: function(x), a, Quantity(0.0))
 
 
-def _slope(function: Callable[[float], float], at: float) -> float:
-    step = 1e-6 * max(1.0, abs(at))
+def _error(function: Callable[[float], float], a: Quantity) -> float:
+    """Error of `function(a)` to first order: slope times error, the slope over a step far below the error."""
+    if not a.se:
+        return 0.0
+    step = 1e-3 * a.se
     try:
-        return (function(at + step) - function(at - step)) / (2 * step)
+        slope = (function(a.value + step) - function(a.value - step)) / (2 * step)
     except (ValueError, ZeroDivisionError, OverflowError):  # at the edge of what the function takes
-        return (function(at + step) - function(at)) / step
+        slope = (function(a.value + step) - function(a.value)) / step
+    return abs(slope) * a.se

@@ -14,7 +14,7 @@ from .paper import Paper
 from .quantity import Quantity, merge
 from .store import read_results, results_path
 from .table import SCALES, Column, Table
-from .version import code_version, unit_key
+from .version import code_version, same, unit_key
 
 ORDER = ("paper", "tiny", "quick")  # of columns, most telling first
 LABELS = {"published": "published", "paper": "paper scale", "tiny": "tiny", "quick": "quick"}
@@ -35,7 +35,9 @@ class ScaleReport:
     units: int = 0
     measured: int = 0
     stale: int = 0
-    committed: int = 0
+
+    def cell(self, row: str, column: str) -> Quantity | None:
+        return self.cells.get((row, column))
 
     @property
     def any(self) -> bool:
@@ -135,8 +137,7 @@ def collect(paper: Paper, table: Table, results: Path) -> TableReport:
         found = _scale(paper, table, scale, results, code)
         if found.any:
             found.verdicts = {
-                claim.id: judge(table, claim, scale, lambda row, column: found.cells.get((row, column)))  # noqa: B023
-                for claim in table.claims
+                claim.id: judge(table, claim, scale, found.cell) for claim in table.claims
             }
             scales[scale] = found
     return TableReport(paper, table, scales)
@@ -151,15 +152,16 @@ def _scale(paper: Paper, table: Table, scale: str, results: Path, code: str) -> 
     used: Counter[str] = Counter()
     for unit in table.units(scale):
         found.units += 1
-        record = fresh.units.get(unit.id) or kept.units.get(unit.id)
-        if record is None:
+        key = unit_key(table, unit.cell, code)
+        records = [r for r in (fresh.units.get(unit.id), kept.units.get(unit.id)) if r]
+        if not records:
             continue
+        record = next((r for r in records if same(r.get("key"), key)), records[0])
         if "values" not in record:
             found.failed[unit.id] = str(record.get("error", "unknown error"))
             continue
         found.measured += 1
-        found.committed += unit.id not in fresh.units
-        found.stale += record.get("key") != unit_key(table, unit.cell, code)
+        found.stale += not same(record.get("key"), key)
         used[record["machine"]] += 1
         found.days.append(str(record["measured"])[:10])
         row, seed = unit.cell["row"], unit.cell["seed"]

@@ -8,6 +8,7 @@ import math
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,10 +17,10 @@ from typing import Any
 from .errors import TableError, nearest, one_line
 from .machine import describe, machine
 from .paper import Context, Paper, check_scale
-from .progress import progress
-from .store import Results, locked, read_results, results_path, write_atomic
+from .progress import Bar, progress
+from .store import Results, locked, read_results, results_path, write
 from .table import Table, Unit
-from .version import code_version, unit_key
+from .version import code_version, same, settle, unit_key
 
 
 @dataclass
@@ -32,10 +33,6 @@ class Summary:
     skipped: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
-    @property
-    def exit_code(self) -> int:
-        return 1 if self.failed else 0
-
 
 @dataclass(frozen=True)
 class _Job:
@@ -44,7 +41,7 @@ class _Job:
     path: Path
     results: Results
     code: str
-    units: list[Unit]
+    units: list[tuple[Unit, dict[str, Any]]]  # to be measured, each with its key
 
 
 def run_tables(
@@ -59,44 +56,58 @@ def run_tables(
 
     A unit whose record has the same key (cell, inputs, code) is not run again unless `force`; a failed one always is.
     `report` is told of failures as they happen. KeyboardInterrupt passes through; what was measured is on disk.
+    Raises `TableError` if another run is at work on one of the tables.
     """
     check_scale(scale)
     summary, begun = Summary(), time.monotonic()
-    codes: dict[str, str] = {}
-    jobs: list[_Job] = []
-    for paper, table in tables:
-        if scale not in table.scales:
-            summary.skipped.append(f"{paper.name}/{table.id}")
-            continue
-        code = codes.setdefault(paper.name, code_version(paper))
-        path = results_path(results, paper.name, table.id, scale)
-        found = read_results(path, paper.name, table.id, scale)
-        units = [u for u in table.units(scale) if force or not _fresh(found, u, table, code)]
-        summary.cached += len(table.units(scale)) - len(units)
-        jobs.append(_Job(paper, table, path, found, code, units))
-    contexts = {job.paper.name: Context() for job in jobs}
-    with progress("tables", sum(len(job.units) for job in jobs)) as bar:
-        for job in jobs:
-            with locked(job.path):
-                for unit in job.units:
-                    bar.describe(f"{job.paper.name}/{job.table.id} {unit.id}")
-                    failure = _run_unit(job, unit, contexts[job.paper.name])
-                    bar.advance()
-                    if failure is None:
-                        summary.measured += 1
-                    else:
-                        summary.failed[f"{job.paper.name}/{job.table.id} {unit.id}"] = failure
-                        report(f"{job.paper.name}/{job.table.id} {unit.id}: {failure}")
+    with ExitStack() as locks:
+        jobs = []
+        for paper, table in tables:
+            if scale not in table.scales:
+                summary.skipped.append(f"{paper.name}/{table.id}")
+                continue
+            path = results_path(results, paper.name, table.id, scale)
+            locks.enter_context(locked(path))  # before the results are read: nobody else may write them from here on
+            jobs.append(_plan(paper, table, scale, path, force))
+        summary.cached = sum(len(job.table.units(scale)) - len(job.units) for job in jobs)
+        with progress("tables", sum(len(job.units) for job in jobs)) as bar:
+            _run_jobs(jobs, bar, summary, report)
     summary.seconds = time.monotonic() - begun
     return summary
 
 
-def _fresh(results: Results, unit: Unit, table: Table, code: str) -> bool:
+def _plan(paper: Paper, table: Table, scale: str, path: Path, force: bool) -> _Job:
+    """What is to be measured. Inputs are looked at now, before any unit loads one: a result never gets the key of
+    content that came later."""
+    code = code_version(paper)
+    found = read_results(path, paper.name, table.id, scale)
+    keyed = [(unit, unit_key(table, unit.cell, code)) for unit in table.units(scale)]
+    return _Job(paper, table, path, found, code, [pair for pair in keyed if force or not _fresh(found, *pair)])
+
+
+def _fresh(results: Results, unit: Unit, key: Mapping[str, Any]) -> bool:
     record = results.units.get(unit.id, {})
-    return "values" in record and record.get("key") == unit_key(table, unit.cell, code)
+    return "values" in record and same(record.get("key"), key)
 
 
-def _run_unit(job: _Job, unit: Unit, context: Context) -> str | None:
+def _run_jobs(jobs: Iterable[_Job], bar: Bar, summary: Summary, report: Callable[[str], None]) -> None:
+    context, owner = Context(), ""
+    for job in jobs:
+        if job.paper.name != owner:  # the models of one paper go before those of the next come
+            context, owner = Context(), job.paper.name
+        for unit, key in job.units:
+            name = f"{job.paper.name}/{job.table.id} {unit.id}"
+            bar.describe(name)
+            failure = _run_unit(job, unit, key, context)
+            bar.advance()
+            if failure is None:
+                summary.measured += 1
+            else:
+                summary.failed[name] = failure
+                report(f"{name}: {failure}")
+
+
+def _run_unit(job: _Job, unit: Unit, key: dict[str, Any], context: Context) -> str | None:
     """Measure one unit and write it down. Returns the error's line where it failed."""
     context.artefacts = {}
     begun = time.monotonic()
@@ -116,7 +127,7 @@ def _run_unit(job: _Job, unit: Unit, context: Context) -> str | None:
     name = describe(machine())
     job.results.machines[name] = dict(machine())
     job.results.units[unit.id] = {
-        "key": unit_key(job.table, unit.cell, job.code),  # after the run: a hub model has its revision only now
+        "key": settle(key, unit_key(job.table, unit.cell, job.code)),  # a hub model may have its revision only now
         "cell": {k: v for k, v in unit.cell.items() if k not in ("package", "table", "scale")},
         **record,
         "seconds": round(time.monotonic() - begun, 3),
@@ -128,7 +139,7 @@ def _run_unit(job: _Job, unit: Unit, context: Context) -> str | None:
     job.results.units = ordered  # in the table's order; rows that the table no longer has go
     used = {unit_record["machine"] for unit_record in ordered.values()}
     job.results.machines = {k: v for k, v in job.results.machines.items() if k in used}
-    write_atomic(job.path, job.results.text())
+    write(job.path, job.results.text())
     return failure
 
 
@@ -147,9 +158,12 @@ def check_values(values: Any, table: Table) -> dict[str, dict[str, float]]:
         if column not in table.columns:
             raise TableError(f"run returned {column!r}, which is no column{nearest(column, table.columns)}")
         parts = dict(figure) if isinstance(figure, Mapping) else {"value": figure}
-        if "value" not in parts or set(parts) - {"value", "se"}:
+        try:
+            numbers = {k: float(v) for k, v in parts.items() if v is not None}
+        except (TypeError, ValueError):
+            numbers = {}
+        if not numbers or "value" not in parts or set(parts) - {"value", "se"}:
             raise TableError(f"column {column}: a number or {{'value', 'se'}} is expected, found {figure!r}")
-        numbers = {k: float(v) for k, v in parts.items() if v is not None}
         if "value" not in numbers or not all(math.isfinite(v) for v in numbers.values()) or numbers.get("se", 0) < 0:
             raise TableError(f"column {column} is {figure!r}, not a finite number; leave it out if it was not measured")
         checked[str(column)] = numbers
@@ -179,6 +193,6 @@ def publish(tables: Iterable[tuple[Paper, Table]], scale: str, results: Path) ->
         found.units = {k: v for k, v in found.units.items() if "values" in v}
         if found.units:
             target = paper.committed / table.id / f"{scale}.json"
-            write_atomic(target, found.text())
+            write(target, found.text())
             written.append(target)
     return written

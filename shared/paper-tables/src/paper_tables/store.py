@@ -1,10 +1,8 @@
-"""Results on disk: one JSON file for each table and scale, whole or absent, shared safely by nobody at a time."""
+"""Results on disk: one JSON file for each table and scale, whole or absent, written by one run at a time."""
 
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -48,20 +46,11 @@ def read_results(path: Path, package: str, table: str, scale: str) -> Results:
     return Results(package, table, scale, content["units"], content.get("machines", {}))
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write beside `path` and rename: a crash or a full disk leaves the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+def write(path: Path, content: str | bytes) -> None:
+    """Write `path` so that a crash or a full disk leaves the old file or the new one, never a part."""
+    from model_hooks.files import atomic_write  # here: with it come torch and transformers, seconds that reading needs not
+
+    atomic_write(path, content)
 
 
 @contextmanager

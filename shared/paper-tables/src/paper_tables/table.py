@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from keyword import iskeyword
 from pathlib import Path
 from typing import Any
 
 from .errors import TableError, nearest
-from .yamlfile import Reader, read_yaml
+from .yamlfile import Map, Reader, read_yaml
 
 SCALES = ("quick", "tiny", "paper")
 PROVENANCE = ("table", "figure", "text", "abstract", "repo", "derived", "recalled")
@@ -247,7 +248,7 @@ def read_table(path: Path, package: str) -> Table:
 
 
 def _column(parent: Reader, key: str) -> Column:
-    if not key.isidentifier():
+    if not key.isidentifier() or iskeyword(key):
         raise TableError(f"{parent.path}:{parent.line('columns')}: column id {key!r} must be a Python name")
     reader = Reader(parent.path, parent.map["columns"][key], f"column {key}", parent.line("columns"))
     reader.only(("title", "unit", "format", "better", "note"), ("title",))
@@ -348,15 +349,39 @@ def _check(table: Table, reader: Reader) -> None:
         for name, known, key in ((figure.row, rows, "row"), (figure.column, table.columns, "column")):
             if name not in known:
                 raise Reader(table.path, item, "paper's figure").fail(f"no {key} {name!r}{nearest(name, known)}", key)
+    cells = [(figure.row, figure.column) for figure in table.figures]
+    for cell, item in zip(cells, reader.items("paper"), strict=True):
+        if cells.count(cell) > 1:
+            raise Reader(table.path, item, "paper's figure").fail(f"{cell[1]} of {cell[0]!r} is given twice", "row")
     for kind, ids in (("claim", [c.id for c in table.claims]), ("plot", [p.id for p in table.plots])):
         for twice in {i for i in ids if ids.count(i) > 1}:
             raise reader.fail(f"id {twice!r} belongs to two {kind}s", f"{kind}s")
     for claim in table.claims:
         check_claim(table, claim)
+    _check_patterns(table, reader)
     for plot, item in zip(table.plots, reader.items("plots"), strict=True):
         for key, name, known in _plot_names(table, plot, rows):
             if name and name not in known:
                 raise Reader(table.path, item, "plot").fail(f"{key}: no {name!r}{nearest(name, known)}", key)
+
+
+def _check_patterns(table: Table, reader: Reader) -> None:
+    """Every scale that a row names is offered, and every pattern of row ids meets a row."""
+    for spec in table.specs:
+        for scale in spec.scales:
+            if scale not in table.scales:
+                raise spec.reader.fail(f"the table offers no scale {scale!r}{nearest(scale, table.scales)}", "scales")
+    for name, settings in table.scales.items():
+        rows = [row.id for row in replace(table, scales={name: replace(settings, only=())}).rows(name)]
+        _meet(settings.only, rows, Reader(table.path, reader.map["scales"][name] or Map(), f"scale {name}"), "only")
+    for plot, item in zip(table.plots, reader.items("plots"), strict=True):
+        _meet(plot.rows, list(table.all_rows()), Reader(table.path, item, "plot"), "rows")
+
+
+def _meet(patterns: tuple[str, ...], rows: list[str], reader: Reader, key: str) -> None:
+    for pattern in patterns:
+        if not any(matches(row, (pattern,)) for row in rows):
+            raise reader.fail(f"{key}: no row {pattern!r}{nearest(pattern, rows)}", key)
 
 
 def _plot_names(table: Table, plot: Plot, rows: Mapping[str, str]) -> Iterator[tuple[str, str, Any]]:

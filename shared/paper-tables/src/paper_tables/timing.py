@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
+
+from .errors import TableError
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,11 @@ class Timing:
         return {"value": self.speedup, "se": self.se}
 
 
-def synchronize(device: Any = None) -> None:
+def synchronize() -> None:
     """Wait for the GPU, if torch uses one."""
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.synchronize(device)
+    torch = sys.modules.get("torch")  # what does not use torch needs not wait for it either
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def interleaved(
@@ -57,12 +59,14 @@ def interleaved(
     """Time `variants` in `rounds` rounds after `warmup` untimed ones; each round runs each variant once.
 
     The order turns round by round, so that none is always first. `base` (default: the first) is what speedups are
-    relative to. Raises ValueError for no variants, an unknown base or less than one round.
+    relative to. Raises `TableError` for no variants, an unknown base or less than one round.
     """
     names = list(variants)
     base = base or next(iter(names), "")
     if base not in names or rounds < 1 or warmup < 0:
-        raise ValueError(f"base {base!r} must be one of {names} and rounds >= 1, warmup >= 0; got {rounds}, {warmup}")
+        raise TableError(
+            f"base {base!r} must be one of {names}, rounds at least 1 and warmup at least 0; got {rounds} and {warmup}"
+        )
     timed = {name: v if isinstance(v, Timed) else _without_setup(v) for name, v in variants.items()}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(-warmup, rounds):
@@ -89,12 +93,12 @@ def _once(timed: Timed) -> float:
 
 def _timing(base: list[float], own: list[float]) -> Timing:
     ratios = sorted(b / o for b, o in zip(base, own, strict=True))
-    low, high = quantile(ratios, 0.25), quantile(ratios, 0.75)
+    low, high = _quantile(ratios, 0.25), _quantile(ratios, 0.75)
     error = 1.2533 * (high - low) / 1.349 / len(ratios) ** 0.5
     return Timing(median(own), median(ratios), low, high, error, len(ratios))
 
 
-def quantile(ordered: list[float], share: float) -> float:
+def _quantile(ordered: list[float], share: float) -> float:
     """Linear quantile of an ordered list."""
     place = share * (len(ordered) - 1)
     below = int(place)
@@ -135,4 +139,4 @@ def _forward(model: Any, ids: Any, cache: Any) -> Any:
     import torch
 
     with torch.no_grad():
-        return model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return model(input_ids=ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)

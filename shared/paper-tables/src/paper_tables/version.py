@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 OWN = ("metrics.py", "timing.py")  # of paper_tables itself, only these measure
 NOT_CODE = (".pyc", ".pyi", ".md", ".safetensors")
+NO_CODE_IN = frozenset({"__pycache__", "_tables", "checkpoints"})
 WHOLE = 64 << 20  # files up to this size are hashed whole, larger ones by samples
 
 
@@ -46,9 +47,10 @@ def _content(path: Path) -> bytes:
     return _file(str(path), stat.st_size, stat.st_mtime_ns)
 
 
-def _tree(folder: Path, skip: tuple[str, ...] = ()) -> list[bytes]:
+def _tree(folder: Path, skip: tuple[str, ...], without: frozenset[str] = frozenset()) -> list[bytes]:
+    """Names and contents of the files below `folder`, but for suffixes in `skip` and folders in `without`."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix not in skip)
-    kept = [p for p in files if not {"__pycache__", "_tables", "checkpoints"} & set(p.relative_to(folder).parts)]
+    kept = [p for p in files if not without & set(p.relative_to(folder).parts)]
     return [part for p in kept for part in (p.relative_to(folder).as_posix().encode(), _content(p))]
 
 
@@ -66,18 +68,21 @@ def code_version(paper: Paper) -> str:
             continue
         origin = Path(spec.origin)
         parts.append(name.encode())
-        parts.extend(_tree(origin.parent, NOT_CODE) if spec.submodule_search_locations else [_content(origin)])
+        parts.extend(_tree(origin.parent, NOT_CODE, NO_CODE_IN) if spec.submodule_search_locations else [_content(origin)])
     return _hash(parts)
 
 
 def _fingerprint(source: str) -> str:
-    """Content of what a setting names: a zoo item, a folder, a file, or a hub id's revision in the local cache."""
+    """Content of what a setting names: a zoo item, a folder, a file, or a hub id's revision in the local cache.
+
+    Where nothing of that name is here, the name and an `@` with nothing behind it.
+    """
     if source.startswith("zoo:"):
         try:
             from model_hooks.loading import resolve
 
             source = resolve(source)
-        except Exception:  # not a model: a part of the zoo's text, whose files are in the code version
+        except (ImportError, ValueError):  # not a model: a part of the zoo's text, whose files are in the code version
             return source
     path = Path(source).expanduser()
     if path.is_dir():
@@ -100,12 +105,38 @@ def _revision(repo: str) -> str:
     return ""
 
 
-def unit_key(table: Table, cell: Mapping[str, Any], code: str) -> str:
-    """Hash of a unit: its cell, the content of its inputs, the code. Independent of the order of the cell's keys."""
+def unit_key(table: Table, cell: Mapping[str, Any], code: str) -> dict[str, Any]:
+    """What a unit's result depends on: hashes of its cell (in any order of keys), of each input, and of the code."""
     inputs = {
         name: [_fingerprint(str(item)) for item in (value if isinstance(value, list) else [value])]
         for name, value in cell.items()
         if name in table.inputs or (isinstance(value, str) and value.startswith("zoo:"))
     }
-    text = json.dumps([dict(cell), inputs, code], sort_keys=True, default=str)
-    return _hash([text.encode()])
+    text = json.dumps(dict(cell), sort_keys=True, default=str)
+    return {"cell": _hash([text.encode()]), "code": code, "inputs": inputs}
+
+
+def same(recorded: Any, key: Mapping[str, Any]) -> bool:
+    """Is what was measured under the key `recorded` still valid under `key`, as far as can be told here?
+
+    An input that is not on this machine (a hub model that was not downloaded) is no ground to doubt a result.
+    """
+    if not isinstance(recorded, Mapping) or any(recorded.get(part) != key[part] for part in ("cell", "code")):
+        return False
+    before, now = recorded.get("inputs"), key["inputs"]
+    if not isinstance(before, Mapping) or before.keys() != now.keys():
+        return False
+    return all(
+        len(before[name]) == len(now[name])
+        and all(a == b or (b.endswith("@") and a.startswith(b)) for a, b in zip(before[name], now[name], strict=True))
+        for name in now
+    )
+
+
+def settle(key: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
+    """`key` as it was before the work, with the revisions of those inputs that came onto the machine during it."""
+    inputs = {
+        name: [b if a.endswith("@") else a for a, b in zip(before, later["inputs"][name], strict=True)]
+        for name, before in key["inputs"].items()
+    }
+    return {**key, "inputs": inputs}

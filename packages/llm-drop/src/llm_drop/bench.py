@@ -1,0 +1,202 @@
+"""What dropping buys on this machine: speed beside its ideal, cache bytes, and what calibration costs.
+
+All times are ratios of medians taken in one process, in turn. The ideal of a dropped model is what is left of the
+parent when the profiled time of the dropped sublayers is taken away: 1 / (1 - t_dropped / t_total).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm_drop.budget import latency_costs
+from llm_drop.plan import Plan
+from llm_drop.repair import apply
+from llm_drop.speculative import sharing_copy
+from paper_tables.timing import Timed, Timing, decode, interleaved, prefill
+
+
+def probe_model(layers: int = 16, hidden_size: int = 512) -> Any:
+    """A Llama with random weights in float32: speed does not depend on what the weights are."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=2048, hidden_size=hidden_size, intermediate_size=hidden_size * 8 // 3 // 32 * 32,
+        num_hidden_layers=layers, num_attention_heads=hidden_size // 64, max_position_embeddings=2048,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def token_ids(model: Any, batch: int, length: int) -> torch.Tensor:
+    """Some token ids, [batch, length], on the model's device."""
+    weight = model.get_input_embeddings().weight
+    ids = torch.arange(batch * length, device=weight.device) * 7 + 3
+    return ids.remainder(weight.shape[0]).view(batch, length)
+
+
+def speed(
+    parent: Any, variants: Mapping[str, Any], *, context: int = 512, new_tokens: int = 32, rounds: int = 7
+) -> dict[str, dict[str, Timing]]:
+    """Prefill of `context` tokens and decoding of `new_tokens` after them, batch 1: variant -> phase -> `Timing`."""
+    ids = token_ids(parent, 1, context)
+    models = {"parent": parent, **variants}
+    phases: dict[str, Callable[[Any], Timed]] = {
+        "prefill": lambda m: prefill(m, ids), "decode": lambda m: decode(m, ids, new_tokens),
+    }  # fmt: skip
+    timed = {p: interleaved({n: make(m) for n, m in models.items()}, rounds=rounds) for p, make in phases.items()}
+    return {name: {phase: timed[phase][name] for phase in phases} for name in variants}
+
+
+def bench_speed(
+    parent: Any, plans: Mapping[str, Plan], *, context: int, new_tokens: int, rounds: int
+) -> list[dict[str, Any]]:
+    """A row for each plan: KV share, and speed in both phases beside its ideal."""
+    from llm_drop.eval import size
+
+    variants = {name: apply(sharing_copy(parent), plan, check=False) for name, plan in plans.items()}
+    measured = speed(parent, variants, context=context, new_tokens=new_tokens, rounds=rounds)
+    costs = {phase: latency_costs(parent, context, phase=phase) for phase in ("prefill", "decode")}
+    whole = size(parent)
+    rows = []
+    for name, plan in plans.items():
+        left = size(variants[name])
+        row: dict[str, Any] = {
+            "model": name,
+            "kv_bytes": left["kv_bytes"] / whole["kv_bytes"],
+            "parameters": left["parameters"] / whole["parameters"],
+        }
+        for phase, cost in costs.items():
+            ideal = 1 / (1 - sum(cost.units[u] for u in plan.units) / cost.total)
+            row |= {phase: measured[name][phase].speedup, f"{phase}_of_ideal": measured[name][phase].speedup / ideal}
+        rows.append(row)
+    return rows
+
+
+def static_kv_share(parent: Any, dropped: Any, length: int = 256) -> float:
+    """Bytes of a static cache of `length` positions that the dropped model needs, as a share of the parent's."""
+    from transformers import StaticCache
+
+    from model_hooks.kv import kv_bytes
+
+    def needed(model: Any) -> int:
+        cache = StaticCache(config=model.config, max_cache_len=length)
+        with torch.no_grad():
+            model(input_ids=token_ids(model, 1, 4), past_key_values=cache, use_cache=True)
+        return kv_bytes(cache)
+
+    return needed(dropped) / needed(parent)
+
+
+def bench_unit(model: Any, dropped: Any, index: int, *, context: int, rounds: int) -> float:
+    """Time of block `index` without its attention, as a ratio of its feed-forward half written out by hand."""
+    from model_hooks import anatomy
+
+    block = anatomy(dropped).blocks[index]
+    assert block.attention is None
+    assert block.mlp is not None
+    norms = [block.module.get_submodule(name) for name in block.mlp.pre]
+    x = torch.randn(1, context, model.config.get_text_config().hidden_size, dtype=model.dtype, device=model.device)
+
+    def by_hand() -> Any:
+        h = x
+        for norm in norms:
+            h = norm(h)
+        return x + block.mlp.module(h)  # type: ignore[union-attr]
+
+    with torch.no_grad():
+        timed = interleaved({"by hand": by_hand, "block": lambda: block.module(x)}, rounds=rounds * 5, warmup=5)
+    return 1 / timed["block"].speedup
+
+
+def bench_calibration(model: Any, *, samples: int, length: int, batch_size: int, rounds: int) -> dict[str, float]:
+    """Wall time of a scoring pass over plain forwards of the same data, and how its peak memory grows with the data."""
+    from llm_drop.score import score
+
+    ids = token_ids(model, samples, length)
+
+    @torch.no_grad()
+    def forwards() -> None:
+        for part in ids.split(batch_size):
+            model(input_ids=part, use_cache=False)
+
+    timed = interleaved(
+        {"forwards": forwards, "score": lambda: score(model, ids, batch_size=batch_size)}, rounds=rounds, warmup=1
+    )
+    found = {"calibration_time": 1 / timed["score"].speedup}
+    few, many = (token_ids(model, n, min(length, 128)) for n in (16, 256))
+    peaks = [peak_memory(lambda ids=ids: score(model, ids, batch_size=batch_size)) for ids in (few, many)]
+    if all(peaks):
+        found["calibration_peak_256_over_16"] = peaks[1] / peaks[0]
+    return found
+
+
+def bench_load(parent: Any, dropped: Any, rounds: int) -> dict[str, float]:
+    """Time and memory of loading the dropped model's checkpoint, as shares of the parent's."""
+    from model_hooks import Card, load, save
+
+    with tempfile.TemporaryDirectory() as room:
+        folders = {"parent": Path(room) / "parent", "dropped": Path(room) / "dropped"}
+        for (name, folder), model in zip(folders.items(), (parent, dropped)):
+            save(model, folder, card=Card(base="probe", method=name), verify=False)
+        loads = {name: lambda folder=folder: load(folder, tokenizer=False) for name, folder in folders.items()}
+        timed = interleaved(loads, rounds=rounds, warmup=1)
+        peaks = {name: peak_memory(function) for name, function in loads.items()}
+    found = {"load_time": 1 / timed["dropped"].speedup}
+    return found | ({"load_peak": peaks["dropped"] / peaks["parent"]} if all(peaks.values()) else {})
+
+
+def run(
+    parent: Any, plans: Mapping[str, Plan], *, context: int = 512, new_tokens: int = 32, rounds: int = 9
+) -> dict[str, Any]:
+    """All of it for `parent`, with `plans` or, where none are given, a quarter and half of the attention dropped."""
+    from model_hooks import anatomy
+    from paper_tables.machine import describe, machine
+
+    parts = anatomy(parent)
+    depth = parts.num_original_layers
+    if not plans:
+        plans = {f"attention {n} of {depth}": Plan(depth, tuple(range(depth - n - 1, depth - 1)))
+                 for n in (depth // 4, depth // 2)}  # fmt: skip
+    rows = bench_speed(parent, plans, context=context, new_tokens=new_tokens, rounds=rounds)
+    found: dict[str, Any] = {"machine": describe(machine()), "context": context, "new_tokens": new_tokens}
+    attention = [plan for plan in plans.values() if plan.attention and not plan.mlp]
+    if attention:
+        dropped = apply(sharing_copy(parent), attention[-1], check=False)
+        found["static_kv"] = static_kv_share(parent, dropped)
+        found["block_over_mlp_half"] = bench_unit(
+            parent, dropped, attention[-1].attention[0], context=context, rounds=rounds
+        )
+        found |= bench_load(parent, dropped, rounds)
+    found |= bench_calibration(parent, samples=16, length=min(context, 512), batch_size=4, rounds=rounds)
+    return {**found, "speed": rows}
+
+
+def peak_memory(work: Callable[[], Any]) -> float:
+    """Bytes that `work` needs at its peak beyond what was in use; 0 where the system cannot tell."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return float(torch.cuda.max_memory_allocated() - before)
+    if sys.platform != "linux":
+        return 0.0
+    ctypes.CDLL(None).malloc_trim(0)  # give back what earlier work left in the heap
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is resident now
+    except OSError:
+        return 0.0
+    before = _resident("VmRSS")
+    work()
+    return max(float(_resident("VmHWM") - before), 1.0)
+
+
+def _resident(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024

@@ -1,0 +1,239 @@
+"""The command `llm-drop`: thin verbs over the package's functions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from model_hooks import RequestError
+from model_hooks.files import atomic_write, refuse_existing
+from paper_tables.cli import add_reproduce
+from paper_tables.frame import make_app
+
+app = make_app("llm-drop", help="Remove the attention layers, MLPs or blocks that a language model uses least.")
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, checkpoint folder or zoo:NAME.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Where the result goes.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+Data = Annotated[str, typer.Option(help="Text: a file, a hub dataset (owner/name[:config[:split]]) or zoo:PART.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as the checkpoint is stored.")]
+DeviceMap = Annotated[str, typer.Option(help="auto spreads the model over all GPUs; empty: one device.")]
+
+
+def load_model(source: str, dtype: str = "auto", device_map: str = "") -> tuple[Any, Any]:
+    """Model and tokenizer of `source`, on the first GPU where there is one and no device map was given."""
+    import torch
+
+    import model_hooks
+
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise RequestError(f"dtype {dtype!r} is not accepted; give auto, float32, bfloat16 or float16")
+    model, tokenizer = model_hooks.load(source, dtype=dtype, device_map=device_map or None)
+    if torch.cuda.is_available() and not device_map:
+        model.to("cuda")
+    return model, tokenizer
+
+
+@app.command()
+def score(
+    model: Model,
+    output: Output = Path("scores.json"),
+    data: Data = "zoo:calibration",
+    samples: Annotated[int, typer.Option(min=1, help="Sequences to score on.")] = 256,
+    length: Annotated[int, typer.Option(help="Tokens of each; at most the model's context.")] = 2048,
+    batch_size: Annotated[int, typer.Option(min=1)] = 4,
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = "",
+    overwrite: Overwrite = False,
+) -> dict[str, Any]:
+    """Measure how much each sublayer and block changes the residual stream: one pass, for all plans.
+
+    A killed run goes on where it was when the same command is given again.
+    """
+    from llm_drop import workflow
+
+    refuse_existing(output, overwrite)
+    found = workflow.score_source(
+        model, data, samples=samples, length=length, batch_size=batch_size,
+        load=lambda: load_model(model, dtype, device_map), journal=output.with_name(f".{output.name}.journal"),
+    )  # fmt: skip
+    found.save(output, overwrite=overwrite)
+    return {"scores": output, **workflow.summary(found)}
+
+
+@app.command()
+def plan(
+    scores: Annotated[Path, typer.Argument(metavar="SCORES", help="What `llm-drop score` wrote.")],
+    output: Output = Path("plan.json"),
+    attention: Annotated[int, typer.Option(help="Attention sublayers to drop.")] = 0,
+    mlp: Annotated[int, typer.Option(help="Feed-forward sublayers to drop.")] = 0,
+    blocks: Annotated[int, typer.Option(help="Whole blocks to drop.")] = 0,
+    joint: Annotated[int, typer.Option(help="Sublayers of both kinds to drop.")] = 0,
+    consecutive: Annotated[bool, typer.Option("--consecutive", help="With --blocks: a run of blocks.")] = False,
+    iterative: Annotated[bool, typer.Option("--iterative", help="Measure again after each drop.")] = False,
+    objective: Annotated[str, typer.Option(help="cosine (the paper's) or norm.")] = "cosine",
+    kv_budget: Annotated[float, typer.Option(help="Share of the KV-cache bytes that may remain.")] = 0.0,
+    latency_budget: Annotated[float, typer.Option(help="Share of the decoding time that may remain.")] = 0.0,
+    parameter_budget: Annotated[float, typer.Option(help="Share of the parameters that may remain.")] = 0.0,
+    model: Annotated[str, typer.Option(help="Where the scored model is now, if not where it was.")] = "",
+    context: Annotated[int, typer.Option(help="Tokens in the cache, for the KV and latency budgets.")] = 512,
+    stability: Annotated[bool, typer.Option("--stability", help="How sure is the choice? Resamples the data.")] = False,
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = "",
+    overwrite: Overwrite = False,
+) -> dict[str, Any]:
+    """Choose what to drop: by count, or by what may remain of cache bytes, decoding time or parameters."""
+    from llm_drop import workflow
+    from llm_drop.score import Scores
+
+    refuse_existing(output, overwrite)
+    found = Scores.load(scores)
+    counts = {k: v for k, v in (("attention", attention), ("mlp", mlp), ("blocks", blocks), ("joint", joint)) if v}
+    budgets = {k: v for k, v in (("kv", kv_budget), ("latency", latency_budget), ("parameters", parameter_budget)) if v}
+    chosen, said = workflow.make_plan(
+        found, counts, budgets, consecutive=consecutive, iterative=iterative, objective=objective, context=context,
+        stability=stability, load=lambda: load_model(model or found.model, dtype, device_map),
+    )  # fmt: skip
+    chosen.save(output, overwrite=overwrite)
+    return {"plan": output, "drops": chosen.describe(), **said}
+
+
+@app.command("import")
+def import_lists(
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="config.json of the paper's own code, or its folder.")
+    ],
+    output: Output = Path("plan.json"),
+    layers: Annotated[int, typer.Option(help="Number of layers, where the file does not say it.")] = 0,
+    overwrite: Overwrite = False,
+) -> dict[str, Any]:
+    """Turn the drop lists of the paper's own code (drop_attn_list, drop_mlp_list) into a plan."""
+    from llm_drop.plan import Plan
+
+    found = Plan.load(config, num_layers=layers or None)
+    found.save(output, overwrite=overwrite)
+    return {"plan": output, "drops": found.describe()}
+
+
+@app.command()
+def drop(
+    model: Model,
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="What `llm-drop plan` or `llm-drop import` wrote.")],
+    output: Output = Path("dropped"),
+    to: Annotated[str, typer.Option(help="hf, hf-remote, zeroed or nemotron-nas.")] = "hf",
+    repair: Annotated[
+        Path | None, typer.Option(metavar="SCORES", help="Leave the mean change of each dropped sublayer behind.")
+    ] = None,
+    measure: Annotated[str, typer.Option(help="Text for the model card's figures; empty: none.")] = "zoo:heldout",
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = "",
+    overwrite: Overwrite = False,
+) -> dict[str, Any]:
+    """Write the model without what the plan drops: an ordinary checkpoint folder with a model card."""
+    from llm_drop import workflow
+
+    refuse_existing(output, overwrite)
+    return workflow.drop_to_folder(
+        model, plan, output, to=to, repair=repair, measure=measure, overwrite=overwrite,
+        load=lambda: load_model(model, dtype, device_map),
+    )  # fmt: skip
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    plan: Annotated[Path | None, typer.Option(help="Drop this first, in memory.")] = None,
+    baseline: Annotated[str, typer.Option(help="Another model to compare with; with --plan it is MODEL itself.")] = "",
+    data: Data = "zoo:heldout",
+    documents: Annotated[int, typer.Option(help="Documents of the text to use; 0: all.")] = 0,
+    characters: Annotated[int, typer.Option(help="Characters of each; 0: all.")] = 0,
+    tasks: Annotated[str, typer.Option(help="lm-eval tasks, separated by commas.")] = "",
+    task_folder: Annotated[Path | None, typer.Option(help="Folder of lm-eval task files of your own.")] = None,
+    limit: Annotated[int, typer.Option(help="Questions of each task; 0: all.")] = 0,
+    shots: Annotated[int, typer.Option(help="Examples before each question; -1: the task's own.")] = -1,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the result as JSON.")] = None,
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = "",
+    overwrite: Overwrite = False,
+) -> dict[str, Any]:
+    """Bits per byte on text, lm-eval tasks, parameters and cache bytes, beside those of a baseline."""
+    from llm_drop import workflow
+    from paper_tables.frame import plain
+
+    if output is not None:
+        refuse_existing(output, overwrite)
+    rows = workflow.evaluate_models(
+        model, plan, baseline, load=lambda source: load_model(source, dtype, device_map), data=data,
+        documents=documents or None, characters=characters or None,
+        tasks=[t.strip() for t in tasks.split(",") if t.strip()], task_folder=task_folder, limit=limit or None,
+        shots=None if shots < 0 else shots, batch_size=batch_size,
+    )  # fmt: skip
+    if output is not None:
+        import json
+
+        atomic_write(output, json.dumps(plain({"model": model, "figures": rows}), indent=1) + "\n")
+    return {"figures": rows}
+
+
+@app.command()
+def generate(
+    model: Model,
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="What the draft lacks.")],
+    prompt: Annotated[str, typer.Option(help="Text to go on from.")] = "def main(",
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = "",
+) -> dict[str, Any]:
+    """Self-speculative decoding: the dropped model drafts, the whole one verifies; its own greedy text, sooner."""
+    from llm_drop import workflow
+    from llm_drop.plan import Plan
+
+    chosen = Plan.load(plan)
+    whole, tokenizer = load_model(model, dtype, device_map)
+    return workflow.generate_text(whole, tokenizer, chosen, prompt, max_new_tokens)
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Argument(metavar="[MODEL]", help="Without one: 16 random layers of width 512.")] = "",
+    plan: Annotated[list[Path] | None, typer.Option(help="Plans to compare; without: 1/4 and 1/2 attention.")] = None,
+    context: Annotated[int, typer.Option(min=8, help="Tokens of the prompt.")] = 512,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded after it.")] = 32,
+    rounds: Annotated[int, typer.Option(min=3, help="Rounds; medians are printed.")] = 9,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the result as JSON.")] = None,
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = "",
+    overwrite: Overwrite = False,
+) -> dict[str, Any]:
+    """Speed beside its ideal, cache bytes, and what calibration and loading cost, on this machine."""
+    import json
+
+    from llm_drop import bench as benchmark
+    from llm_drop.plan import Plan
+    from paper_tables.frame import plain
+
+    if output is not None:
+        refuse_existing(output, overwrite)
+    parent = load_model(model, dtype, device_map)[0] if model else benchmark.probe_model()
+    plans = {file.stem: Plan.load(file) for file in plan or []}
+    found = benchmark.run(parent, plans, context=context, new_tokens=new_tokens, rounds=rounds)
+    if output is not None:
+        atomic_write(output, json.dumps(plain(found), indent=1) + "\n")
+    return found
+
+
+def _paper() -> Any:
+    from llm_drop.tables import PAPER
+
+    return PAPER
+
+
+add_reproduce(app, _paper)
+
+
+def main() -> None:
+    """The console command."""
+    app()

@@ -1,0 +1,240 @@
+"""What the commands do: from names of models, data and files to results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llm_drop.plan import Plan
+from llm_drop.repair import apply
+from llm_drop.score import Scores, score
+from llm_drop.select import select, select_iteratively
+from model_hooks import FingerprintMismatch, RequestError
+
+Load = Callable[[], tuple[Any, Any]]
+PAPER = "arXiv 2406.15786"
+
+
+def sequences_for(model: Any, tokenizer: Any, data: str, samples: int, length: int) -> Any:
+    """Calibration sequences of `data`; a length beyond the model's context is cut to it."""
+    from model_hooks.text import load_sequences
+
+    config = model.config.get_text_config(decoder=True)
+    context = getattr(config, "max_position_embeddings", None) or length
+    return load_sequences(tokenizer, data, samples=samples, length=min(length, context))
+
+
+def score_source(
+    name: str, data: str, *, samples: int, length: int, batch_size: int, load: Load, journal: Path | None = None
+) -> Scores:
+    """Load the model and score it on `data`; `journal` lets a killed run go on."""
+    from paper_tables import progress
+
+    model, tokenizer = load()
+    sequences = sequences_for(model, tokenizer, data, samples, length)
+    with progress("batches scored") as bar:
+        return score(model, sequences, name=name, data=data, batch_size=batch_size, journal=journal, progress=bar)
+
+
+def summary(scores: Scores, least: int = 8) -> dict[str, Any]:
+    """What to tell of some scores: the data, and the units that change the residual stream least."""
+    importance = scores.importance()
+    order = sorted((u for u in importance if u[0] != "block"), key=importance.__getitem__)
+    rows = [{"sublayer": kind, "index": i, "importance": importance[kind, i]} for kind, i in order[:least]]
+    return {"samples": scores.samples, "tokens": scores.tokens, "least_important": rows}
+
+
+def make_plan(
+    scores: Scores,
+    counts: Mapping[str, int],
+    budgets: Mapping[str, float],
+    *,
+    load: Load,
+    consecutive: bool = False,
+    iterative: bool = False,
+    objective: Any = "cosine",
+    context: int = 512,
+    stability: bool = False,
+) -> tuple[Plan, dict[str, Any]]:
+    """The plan that was asked for, and what to tell of it."""
+    if budgets and (counts or consecutive or iterative):
+        raise RequestError("a budget and a count exclude each other; give --kv-budget and the like, or --attention N")
+    if stability and (budgets or iterative or consecutive or objective != "cosine"):
+        raise RequestError("--stability is for discrete selection by cosine; leave out what else was asked for")
+    if budgets:
+        return _budget_plan(scores, budgets, load, objective, context), {}
+    if iterative:
+        return _iterative(scores, counts, load, objective), {}
+    plan = select(scores, **counts, consecutive=consecutive, objective=objective)
+    return plan, _stability(scores, plan, counts) if stability else {}
+
+
+def _budget_plan(scores: Scores, budgets: Mapping[str, float], load: Load, objective: Any, context: int) -> Plan:
+    from llm_drop import budget
+
+    model, _ = load()
+    _same_model(scores, model)
+    costs: dict[Any, budget.Costs] = {}
+    if "kv" in budgets:
+        costs["kv"] = budget.kv_costs(model, context)
+    if "latency" in budgets:
+        costs["latency"] = budget.latency_costs(model, context)
+    if "parameters" in budgets:
+        costs["parameters"] = budget.parameter_costs(model)
+    return budget.plan_for_budget(scores, costs, budgets, objective)  # type: ignore[arg-type]
+
+
+def _iterative(scores: Scores, counts: Mapping[str, int], load: Load, objective: Any) -> Plan:
+    """One unit of each kind asked for is dropped in each round, and what is left is measured again."""
+    from llm_drop.score import data_fingerprint
+    from llm_drop.speculative import sharing_copy
+
+    rounds = set(counts.values())
+    if len(rounds) != 1:
+        raise RequestError(f"--iterative takes one count (or equal ones), got {dict(counts)}")
+    model, tokenizer = load()
+    _same_model(scores, model)
+    sequences = sequences_for(model, tokenizer, scores.data, scores.samples, scores.tokens // scores.samples)
+    scores.check(data=data_fingerprint(sequences))
+
+    def measure(taken: Plan | None) -> Scores:
+        if taken is None:
+            return scores
+        return score(apply(sharing_copy(model), taken, check=False), sequences, name=scores.model, data=scores.data)
+
+    return select_iteratively(measure, dict.fromkeys(counts, 1), rounds.pop(), objective)
+
+
+def _same_model(scores: Scores, model: Any) -> None:
+    from model_hooks import fingerprint
+
+    scores.check(model=fingerprint(model))
+
+
+def _stability(scores: Scores, plan: Plan, counts: Mapping[str, int]) -> dict[str, Any]:
+    from llm_drop.stability import bootstrap
+
+    found = bootstrap(scores, **counts)
+    rows = [
+        {"sublayer": kind, "index": i, "importance": scores.importance()[kind, i],
+         "low": found.interval[kind, i][0], "high": found.interval[kind, i][1],
+         "chosen_in": share, "in_the_plan": (kind, i) in plan.units}
+        for (kind, i), share in found.frequency.items()
+    ]  # fmt: skip
+    return {"agreement": found.agreement, "resampled": rows}
+
+
+def drop_to_folder(
+    name: str, plan_file: Path, folder: Path, *, load: Load, to: str = "hf", repair: Path | None = None,
+    measure: str = "zoo:heldout", overwrite: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Load, drop, measure, write with a model card that says what it cost, and read back."""
+    from llm_drop.eval import size
+    from llm_drop.export import FORMATS, export
+    from model_hooks import Card
+    from model_hooks.loading import resolve
+
+    if to not in FORMATS:
+        raise RequestError(f"unknown format {to!r}; there are {', '.join(FORMATS)}")
+    plan = Plan.load(plan_file)
+    constants = Scores.load(repair) if repair is not None else None
+    model, tokenizer = load()
+    before = {**size(model), **_loss(model, tokenizer, measure)}
+    apply(model, plan, repair=constants)
+    after = {**size(model), **_loss(model, tokenizer, measure)}
+    card = Card(
+        base=name,
+        method=f"llm-drop: {plan.describe()}" + (", each leaving its mean change behind" if constants else ""),
+        source=PAPER,
+        measured={f"{key}, {when}": value for key in before for when, value in
+                  (("before", before[key]), ("after", after[key]))},
+        settings={"plan": plan.how, "measured on": measure or "nothing", "format": to},
+    )  # fmt: skip
+    source = Path(resolve(name))
+    export(model, tokenizer, folder, to, card=card, overwrite=overwrite, source=source if source.is_dir() else None)
+    rows = [{"": key, "before": before[key], "after": after[key]} for key in before]
+    return {"folder": folder, "format": to, "drops": plan.describe(), "measured": rows}
+
+
+def _loss(model: Any, tokenizer: Any, source: str, documents: int = 16, characters: int = 4000) -> dict[str, float]:
+    from llm_drop.eval import excerpts, language
+
+    if not source or tokenizer is None:
+        return {}
+    found = language(model, tokenizer, excerpts(source, documents, characters))
+    return {"bits_per_byte": found["bits_per_byte"]["value"]}
+
+
+def evaluate_models(
+    name: str, plan_file: Path | None, baseline: str, *, load: Callable[[str], tuple[Any, Any]], data: str,
+    documents: int | None, characters: int | None, tasks: Sequence[str], task_folder: Path | None, limit: int | None,
+    shots: int | None, batch_size: int,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """A row for each figure: of the model, of the baseline if there is one, and the ratio of the two."""
+    from llm_drop.eval import accuracies, excerpts, language, size
+
+    if plan_file is not None and baseline:
+        raise RequestError("--plan drops from MODEL, whose figures are then the baseline; leave out --baseline")
+    plan = Plan.load(plan_file) if plan_file is not None else None
+
+    def figures(model: Any, tokenizer: Any) -> dict[str, dict[str, float]]:
+        texts = excerpts(data, documents, characters)
+        found = language(model, tokenizer, texts, batch_size=batch_size) if data else {}
+        if tasks:
+            found |= accuracies(
+                model, tokenizer, tasks, folder=task_folder, limit=limit, shots=shots, batch_size=batch_size
+            )
+        return found | {key: {"value": float(value)} for key, value in size(model).items()}
+
+    columns: dict[str, dict[str, dict[str, float]]] = {}
+    if baseline:
+        columns["baseline"] = figures(*load(baseline))
+    model, tokenizer = load(name)
+    if plan is not None:
+        columns["baseline"] = figures(model, tokenizer)
+        apply(model, plan)
+    columns["model"] = figures(model, tokenizer)
+    return [_row(key, columns) for key in columns["model"]]
+
+
+def _row(key: str, columns: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
+    row: dict[str, Any] = {"figure": key}
+    for column, figures in columns.items():
+        row[column] = figures[key]["value"]
+        if "se" in figures[key]:
+            row[f"{column}_se"] = figures[key]["se"]
+    if row.get("baseline"):
+        row["ratio"] = row["model"] / row["baseline"]
+    return row
+
+
+def generate_text(
+    model: Any, tokenizer: Any, plan: Plan, prompt: str, max_new_tokens: int, rounds: int = 3
+) -> dict[str, Any]:
+    """Greedy text of the whole model, drafted by the dropped one, beside plain generation: same text, other speed."""
+    from llm_drop.speculative import draft_of, generate
+    from paper_tables.timing import interleaved
+
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
+    if not ids.numel():
+        raise RequestError("the prompt is empty; give some text")
+    if plan.fingerprint:
+        from model_hooks import fingerprint
+
+        if fingerprint(model) != plan.fingerprint:
+            raise FingerprintMismatch(f"the plan was made from {plan.model}; give that model, or plan again")
+    draft = draft_of(model, plan)
+    drafted = generate(model, draft, ids, max_new_tokens=max_new_tokens)
+    timed = interleaved(
+        {
+            "plain": lambda: model.generate(ids, do_sample=False, max_new_tokens=max_new_tokens),
+            "drafted": lambda: generate(model, draft, ids, max_new_tokens=max_new_tokens),
+        },
+        rounds=rounds, warmup=1,
+    )  # fmt: skip
+    return {
+        "text": tokenizer.decode(drafted.sequences[0], skip_special_tokens=True),
+        "new_tokens": drafted.new_tokens, "acceptance": drafted.acceptance, "parent_steps": drafted.parent_steps,
+        "draft_steps": drafted.draft_steps, "speedup": timed["drafted"].speedup,
+    }  # fmt: skip
