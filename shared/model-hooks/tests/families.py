@@ -1,7 +1,7 @@
 """Tiny random models of many architectures, each built once a process and copied on demand.
 
-Weights are spread wider than transformers' initialisation (standard deviation 0.1), so that attention matters and
-greedy text varies: with the usual 0.02 a model of this size hardly looks at its context.
+Weights are spread wider than transformers' initialisation, so that attention and positions matter: with the usual
+standard deviation of 0.02 a model of this size hardly looks at its context.
 """
 
 from __future__ import annotations
@@ -93,9 +93,8 @@ FAMILIES: dict[str, Family] = {
 
 
 def small(config: str, **changes: Any) -> Any:
-    """A tiny configuration of class `config`; settings that the class does not know are kept out."""
-    cls = getattr(transformers, config)
-    return cls(**(SMALL | changes))
+    """A tiny configuration of class `config`."""
+    return getattr(transformers, config)(**(SMALL | changes))
 
 
 @torch.no_grad()
@@ -104,27 +103,52 @@ def spread(model: Any, seed: int = 0) -> Any:
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        parameter.copy_(noise * 0.15) if parameter.dim() > 1 else parameter.add_(noise * 0.1)
+        parameter.copy_(noise * 0.3) if parameter.dim() > 1 else parameter.add_(noise * 0.1)
     return model.eval()
 
 
-@cache
-def _built(name: str) -> Any:
+def _new(name: str, changes: dict[str, Any]) -> Any:
     family = FAMILIES[name]
-    torch.manual_seed(0)
-    return spread(getattr(transformers, family.model)(small(family.config, **family.changes)))
+    return spread(getattr(transformers, family.model)(small(family.config, **(family.changes | changes))))
 
 
+@cache
 def parent(name: str) -> Any:
     """The family's model, shared by all tests of a process: never change it."""
-    return _built(name)
+    return _new(name, {})
 
 
-def build(name: str) -> Any:
-    """A copy of the family's model that the test may change."""
-    return copy.deepcopy(_built(name))
+def build(name: str, **changes: Any) -> Any:
+    """A model of the family that the test may change, `changes` going to its configuration."""
+    return _new(name, changes) if changes else copy.deepcopy(parent(name))
 
 
 def ids(*shape: int, seed: int = 0) -> torch.Tensor:
     """Random token ids, none of them padding."""
     return torch.randint(3, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "image_size": 16, "patch_size": 8}  # fmt: skip
+QWEN_VISION = {"depth": LAYERS, "embed_dim": 32, "hidden_size": HIDDEN, "num_heads": 4, "patch_size": 8}
+
+
+@cache
+def vlm(name: str) -> Any:
+    """A tiny image-text model, its vision tower as deep as its language model so that depth alone tells nothing."""
+    t = transformers
+    text, image = SMALL | {"vocab_size": VOCAB + 3}, {"image_token_id": VOCAB}
+    llama, clip = t.LlamaConfig(**text), t.CLIPVisionConfig(**VISION)
+    siglip = t.SiglipVisionConfig(**VISION, projection_dim=HIDDEN)
+    if name == "llava":
+        config = t.LlavaConfig(vision_config=clip, text_config=llama, image_token_index=VOCAB)
+    elif name == "qwen2_vl":
+        mrope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+        config = t.Qwen2VLConfig(text_config=text | mrope, vision_config=QWEN_VISION, video_token_id=VOCAB + 1, **image)
+    elif name == "paligemma":
+        gemma = t.GemmaConfig(**text, head_dim=8)
+        config = t.PaliGemmaConfig(
+            vision_config=siglip, text_config=gemma, image_token_index=VOCAB, projection_dim=HIDDEN
+        )
+    else:
+        config = t.Idefics3Config(vision_config=VISION, text_config=llama, scale_factor=2, **image)
+    return spread(t.AutoModelForImageTextToText.from_config(config))

@@ -102,7 +102,7 @@ def plan(
 
 @app.command("import")
 def import_lists(
-    config: Annotated[
+    lists: Annotated[
         Path, typer.Argument(metavar="CONFIG", help="config.json of the paper's own code, or its folder.")
     ],
     output: Output = Path("plan.json"),
@@ -112,7 +112,7 @@ def import_lists(
     """Turn the drop lists of the paper's own code (drop_attn_list, drop_mlp_list) into a plan."""
     from llm_drop.plan import Plan
 
-    found = Plan.load(config, num_layers=layers or None)
+    found = Plan.load(lists, num_layers=layers or None)
     found.save(output, overwrite=overwrite)
     return {"plan": output, "drops": found.describe()}
 

@@ -66,8 +66,9 @@ class Plan:
 
     def describe(self) -> str:
         """One line for people."""
-        parts = [f"{len(ids)} {name} {list(ids)}" for name, ids in (("attention", self.attention), ("MLP", self.mlp))]
-        return f"drop {parts[0]} and {parts[1]} of {self.num_layers} layers each"
+        kinds = (("attention", self.attention), ("MLP", self.mlp))
+        parts = [f"{name} of blocks {', '.join(map(str, ids))}" for name, ids in kinds if ids]
+        return f"{' and '.join(parts) or 'nothing'} dropped, of {self.num_layers} blocks"
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT} | asdict(self), indent=2) + "\n"

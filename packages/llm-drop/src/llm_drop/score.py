@@ -118,6 +118,7 @@ def score(
     model: Any,
     sequences: Tensor,
     *,
+    attention_mask: Tensor | None = None,
     name: str = "",
     data: str = "",
     batch_size: int = 4,
@@ -132,6 +133,7 @@ def score(
     Args:
         model: any decoder-only transformers model, dropped sublayers allowed. It is not changed.
         sequences: token ids, [samples, T].
+        attention_mask: [samples, T], 0 on padding, on either side; all tokens count without it.
         name, data: what to call them in the file.
         groups: groups of samples for the bootstrap of the selection.
         gaps, deltas: also measure runs of blocks; also the mean changes.
@@ -151,14 +153,22 @@ def score(
     parts = anatomy(model)
     hidden = model.get_input_embeddings().weight.shape[1]
     watcher = ResidualSimilarity(len(parts.blocks), hidden, groups=groups, gaps=gaps, deltas=deltas)
-    watch(model, sequences, watcher, batch_size=batch_size, journal=journal, progress=progress)
+    watch(
+        model,
+        sequences,
+        watcher,
+        attention_mask=attention_mask,
+        batch_size=batch_size,
+        journal=journal,
+        progress=progress,
+    )
     return from_sums(
         watcher.sums,
         parts,
         model=name or getattr(model, "name_or_path", "") or type(model).__name__,
         fingerprint=fingerprint(model),
         data=data,
-        data_fingerprint=data_fingerprint(sequences),
+        data_fingerprint=data_fingerprint(sequences, attention_mask),
         samples=len(sequences),
         dtype=str(model.dtype).removeprefix("torch."),
         versions=_versions(),
@@ -180,12 +190,7 @@ def from_sums(sums: Mapping[str, Tensor], parts: Any, **about: Any) -> Scores:
         means[kind] = {o: float(sums[kind][:, i].sum()) / total for i, o in index.items()}
         ratio[kind] = {o: float(sums[f"{kind}.ratio"][i]) / total for i, o in index.items()}
         groups[kind] = {o: sums[kind][:, i].tolist() for i, o in index.items()}
-        for o, value in means[kind].items():
-            if not math.isfinite(value) or not math.isfinite(ratio[kind][o]):
-                raise RequestError(
-                    f"{kind} {o} turned the residual stream into {value}: the model overflows in {about.get('dtype')}; "
-                    "score it in float32 or bfloat16"
-                )
+    _refuse_overflow(means, ratio, about.get("dtype"))
     depth = len(parts.blocks)
     gaps = [[float(sums["gaps"][i, j]) / total for j in range(i + 1, depth + 1)] for i in range(depth)] if (
         "gaps" in sums and depth == parts.num_original_layers
@@ -210,11 +215,26 @@ def from_sums(sums: Mapping[str, Tensor], parts: Any, **about: Any) -> Scores:
     )
 
 
-def data_fingerprint(sequences: Tensor) -> str:
-    """Content hash of token ids and their shape."""
+def _refuse_overflow(
+    means: Mapping[str, Mapping[int, float]], ratio: Mapping[str, Mapping[int, float]], dtype: Any
+) -> None:
+    """Name the first unit, in the order in which the model runs, whose score is not a number."""
+    units = sorted((index, KINDS.index(kind), kind) for kind in KINDS for index in means[kind])
+    for index, _, kind in units:
+        if not math.isfinite(value := means[kind][index]) or not math.isfinite(value := ratio[kind][index]):
+            raise RequestError(
+                f"{kind} {index} turned the residual stream into {value}: the model overflows in {dtype}; "
+                "score it in float32 or bfloat16"
+            )
+
+
+def data_fingerprint(sequences: Tensor, attention_mask: Tensor | None = None) -> str:
+    """Content hash of token ids, their shape, and where they are padding."""
     ids = sequences.to("cpu", torch.int64).contiguous()
     digest = hashlib.blake2b(str(tuple(ids.shape)).encode(), digest_size=8)
     digest.update(ids.numpy().tobytes())
+    if attention_mask is not None and not bool(attention_mask.all()):
+        digest.update(attention_mask.to("cpu", torch.bool).contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -69,13 +69,12 @@ class ResidualSimilarity(ResidualWatcher):
         delta = torch.sub(y, x, out=self._room(y))
         cos = torch.linalg.vecdot(x, y) / (x_size * y_size).clamp_min(EPS)  # [N]
         ratio = torch.linalg.vector_norm(delta, dim=-1) / x_size.clamp_min(EPS)
-        group = (self.samples % self.groups).repeat_interleave(mask.sum(-1)).to(cos.device)  # of every token
-        self._add(self.sums[unit][:, index], self._by_group(cos, group))
+        self._add(self.sums[unit][:, index], self._by_group(cos, mask))
         self._add(self.sums[f"{unit}.ratio"][index], ratio.sum(dtype=torch.float64))
         if f"{unit}.delta" in self.sums:
-            self._add(self.sums[f"{unit}.delta"][index], _token_sum(delta))
+            self._add(self.sums[f"{unit}.delta"][index], delta.sum(0))
         if unit == "block":
-            self._see_block(index, before, after, mask, self._by_group(torch.ones_like(cos), group))
+            self._see_block(index, before, after, mask, self._by_group(torch.ones_like(cos), mask))
 
     def end(self) -> None:
         """Move what the batch added to the sums: a device is waited for once a batch, not once a unit."""
@@ -86,17 +85,20 @@ class ResidualSimilarity(ResidualWatcher):
 
     def _see_block(self, index: int, before: Tensor, after: Tensor, mask: Tensor, tokens: Tensor) -> None:
         if self.whole_batches:
-            self._states.append(self._real_tokens(before, mask))
+            self._states.append((real_tokens(before, mask), self._real_tokens(before, mask)[1]))
         if index < self.num_layers - 1:
             return
         self._add(self.sums["tokens"], tokens)
         if self.whole_batches:
-            self._add(self.sums["gaps"], gap_cosines([*self._states, self._real_tokens(after, mask)]))
+            self._states.append(self._real_tokens(after, mask))
+            self._add(self.sums["gaps"], gap_cosines(self._states))
 
     def _add(self, total: Tensor, value: Tensor) -> None:
         self._pending.append((total, value))
 
-    def _by_group(self, values: Tensor, group: Tensor) -> Tensor:
+    def _by_group(self, values: Tensor, mask: Tensor) -> Tensor:
+        """Sums of the values of tokens, [N], by the group of their sample, [G]."""
+        group = (self.samples % self.groups).repeat_interleave(mask.sum(-1)).to(values.device)
         return torch.zeros(self.groups, dtype=torch.float64, device=values.device).index_add_(0, group, values.double())
 
     def _real_tokens(self, stream: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,7 +106,7 @@ class ResidualSimilarity(ResidualWatcher):
         for seen, tokens, size in self._recent:
             if seen is stream:
                 return tokens, size
-        tokens = (stream.flatten(0, 1) if bool(mask.all()) else stream[mask.to(stream.device)]).float()
+        tokens = real_tokens(stream, mask).float()
         size = torch.linalg.vector_norm(tokens, dim=-1)
         self._recent.append((stream, tokens, size))
         return tokens, size
@@ -116,9 +118,9 @@ class ResidualSimilarity(ResidualWatcher):
         return self._scratch[: like.numel()].view_as(like)
 
 
-def _token_sum(values: Tensor) -> Tensor:
-    """Sum over the tokens of [N, H], in float64 from float32 sums of `CHUNK` tokens."""
-    return torch.stack([part.sum(0) for part in values.split(CHUNK)]).sum(0, dtype=torch.float64)
+def real_tokens(stream: Tensor, mask: Tensor) -> Tensor:
+    """[B, T, H] -> [N, H]: the tokens that are not padding, in the stream's own precision."""
+    return stream.flatten(0, 1) if bool(mask.all()) else stream[mask.to(stream.device)]
 
 
 def gap_cosines(states: list[tuple[Tensor, Tensor]]) -> Tensor:

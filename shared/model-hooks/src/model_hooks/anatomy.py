@@ -312,7 +312,8 @@ def _vision_modules(model: Any) -> list[tuple[str, nn.Module]]:
 
 
 def _vision(model: Any, decoder: nn.Module) -> tuple[str | None, str | None]:
-    """Names of the vision tower and of the connector: the sibling with weights that is neither tower nor decoder."""
+    """Names of the vision tower and of the connector: the sibling with weights that is neither tower nor decoder, or
+    else (Qwen-VL) the tower's own last child that ends at the width of the language model."""
     towers = _vision_modules(model)
     if not towers:
         return None, None
@@ -323,4 +324,9 @@ def _vision(model: Any, decoder: nn.Module) -> tuple[str | None, str | None]:
         taken = path == tower or any(m is decoder for m in child.modules()) or child is model.get_output_embeddings()
         if not taken and any(True for _ in child.parameters()):
             return tower, path
+    width = text_config(model).hidden_size
+    for name, child in reversed(list(model.get_submodule(tower).named_children())):
+        linears = [m for m in child.modules() if isinstance(m, nn.Linear)]
+        if linears and linears[-1].out_features == width and not isinstance(child, nn.ModuleList):
+            return tower, f"{tower}.{name}"
     return tower, None

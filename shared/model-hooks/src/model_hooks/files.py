@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 
 from .errors import RequestError
@@ -43,6 +44,15 @@ def refuse_existing(path: str | Path, overwrite: bool) -> None:
         raise RequestError(f"{path} exists already and was left as it is; give another name or --overwrite")
 
 
+def refuse_overlap(folder: str | Path, source: str | Path) -> None:
+    """Raise `RequestError` where `folder` is, holds or lies in `source`, if that is a path."""
+    if not Path(source).exists():
+        return
+    here, there = Path(folder).resolve(), Path(source).resolve()
+    if here == there or here in there.parents or there in here.parents:
+        raise RequestError(f"output {folder} overlaps the input {source}; write somewhere else")
+
+
 @contextmanager
 def atomic_folder(
     folder: str | Path, overwrite: bool = False, source: str | Path | None = None
@@ -52,18 +62,19 @@ def atomic_folder(
     Raises `RequestError` if `folder` exists (unless `overwrite`) or is, holds or lies in `source`.
     """
     target = Path(folder).absolute()
+    old = target.with_name(f".{target.name}.old")
+    if old.is_dir() and not target.exists():  # a run was killed between the two renames of an overwrite
+        os.replace(old, target)
     refuse_existing(folder, overwrite)
-    if source is not None and Path(source).exists():
-        here, there = target.resolve(), Path(source).resolve()
-        if here == there or here in there.parents or there in here.parents:
-            raise RequestError(f"output {folder} overlaps the input {source}; write somewhere else")
+    if source is not None:
+        refuse_overlap(folder, source)
     target.parent.mkdir(parents=True, exist_ok=True)
-    for stale in target.parent.glob(f".{target.name}.part-*"):  # left by a killed run
+    for stale in target.parent.glob(f".{escape(target.name)}.part-*"):  # left by a killed run
         shutil.rmtree(stale, ignore_errors=True)
     part = Path(tempfile.mkdtemp(prefix=f".{target.name}.part-", dir=target.parent))
     try:
         yield part
-        for file in part.rglob("*"):
+        for file in (*part.rglob("*"), part):
             _sync(file)
         os.chmod(part, 0o755)
         _swap(part, target)

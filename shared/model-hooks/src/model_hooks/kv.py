@@ -54,32 +54,35 @@ def reserve(cache: Any, dropped: Iterable[int]) -> None:
                 "model; pass a fresh cache"
             )
         cache.layers[index] = NoKV()
+    if all(isinstance(layer, NoKV) for layer in cache.layers):  # a cache whose layers appear as they are written
+        cache.layers.append(cache.layer_class_to_replicate())
 
 
 def install(decoder: Any, dropped: Iterable[int]) -> None:
-    """Make `decoder` (the module that owns the stack) put placeholders into every cache it is given or makes."""
-    indices = tuple(dropped)
-    signature = inspect.signature(type(decoder).forward)
+    """Make `decoder` (the module that owns the stack) put placeholders into every cache it is given or makes.
 
-    def before_forward(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if len(args) > 1:  # input_ids alone may come by position; the rest is easier to see by name
-            bound = signature.bind_partial(module, *args, **kwargs).arguments
-            kwargs = {**bound.pop("kwargs", {}), **{k: v for k, v in bound.items() if k != "self"}}
-            args = ()
-        cache = kwargs.get("past_key_values")
-        if cache is None and _uses_cache(module, kwargs):
-            from transformers import DynamicCache
+    The indices lie on the module and the hook is one function, so that copies of the model carry both.
+    """
+    if "_no_kv" not in decoder.__dict__:
+        decoder.register_forward_pre_hook(_before_forward, with_kwargs=True)
+    decoder.__dict__["_no_kv"] = tuple(dropped)
 
-            cache = kwargs["past_key_values"] = DynamicCache(config=module.config)
-        if cache is not None:
-            reserve(cache, indices)
-        return args, kwargs
 
-    previous = decoder.__dict__.pop("_no_kv_hook", None)
-    if previous is not None:
-        previous.remove()
-    if indices:
-        decoder.__dict__["_no_kv_hook"] = decoder.register_forward_pre_hook(before_forward, with_kwargs=True)
+def _before_forward(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if not decoder._no_kv:
+        return None
+    if len(args) > 1:  # input_ids alone may come by position; the rest is easier to see by name
+        bound = inspect.signature(type(decoder).forward).bind_partial(decoder, *args, **kwargs).arguments
+        kwargs = {**bound.pop("kwargs", {}), **{k: v for k, v in bound.items() if k != "self"}}
+        args = ()
+    cache = kwargs.get("past_key_values")
+    if cache is None and _uses_cache(decoder, kwargs):
+        from transformers import DynamicCache
+
+        cache = kwargs["past_key_values"] = DynamicCache(config=decoder.config)
+    if cache is not None:
+        reserve(cache, decoder._no_kv)
+    return args, kwargs
 
 
 def _uses_cache(decoder: Any, kwargs: dict[str, Any]) -> bool:

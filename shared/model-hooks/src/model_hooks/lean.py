@@ -2,8 +2,9 @@
 
 `lean` in a checkpoint's config.json says what was done (`edits`); `LeanLlamaConfig` and `LeanLlamaForCausalLM` (made on
 demand from any stock pair) build the stock model and apply those edits, so that `from_pretrained`, `save_pretrained`,
-`generate`, Trainer and PEFT work as on any model. The model type is `lean_<base>`: without `import model_hooks`, loading
-fails loudly instead of filling dropped layers with random weights.
+`generate`, Trainer and PEFT work as on any model. The model type is `lean_<base>`, which the Auto classes refuse without
+`import model_hooks`. The stock class itself (`LlamaForCausalLM.from_pretrained`) would only warn about the type and fill
+dropped layers with random weights; so config.json also holds a fuse that no stock configuration accepts.
 """
 
 from __future__ import annotations
@@ -15,9 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from . import kv
+from .errors import RequestError
 from .trace import first_tensor
 
 PREFIX = "lean_"
+VERSION = 1  # of the `lean` section
+
+# An integer in every stock configuration, which transformers checks and nothing reads. The error that a stock class raises
+# shows the value, so the value says what to do.
+FUSE = ("chunk_size_feed_forward", "import model_hooks and load with AutoModelForCausalLM: layers were dropped")
 
 
 class Zero(nn.Module):
@@ -65,6 +72,9 @@ def apply_edit(block: nn.Module, edit: dict[str, Any], bias: Tensor | None) -> N
     if edit["kept"]["kind"] == "mlp":
         for name in (edit["name"], *edit["norms"]):
             delattr(block, name)
+        hook = getattr(block, "_hf_hook", None)  # accelerate's, of a model spread over devices, holds the old forward
+        if hook is not None:
+            remove_hook_from_module(block)
         block.__class__ = attention_free_class(type(block))
         block.lean_edit = edit
         block.register_parameter("lean_bias", None if bias is None else nn.Parameter(bias))
@@ -77,6 +87,10 @@ def apply_edit(block: nn.Module, edit: dict[str, Any], bias: Tensor | None) -> N
 def apply_lean(model: Any) -> None:
     """Apply all edits of `model.config.lean` to a freshly built stock model."""
     lean = model.config.lean
+    if lean["version"] != VERSION:
+        raise RequestError(
+            f"this checkpoint's lean section has version {lean['version']}, this model_hooks reads {VERSION}: upgrade it"
+        )
     stack = model.get_submodule(lean["stack"])
     weight = model.get_input_embeddings().weight
     for edit in lean["edits"]:
@@ -94,9 +108,19 @@ def install_cache_rules(model: Any) -> None:
 
 @cache
 def lean_config_class(base: type) -> Any:
-    """`LlamaConfig` -> `LeanLlamaConfig`, with model type `lean_llama`."""
+    """`LlamaConfig` -> `LeanLlamaConfig`, with model type `lean_llama`; its config.json holds the fuse."""
+    name, value = FUSE
+
+    def to_diff_dict(self: Any) -> dict[str, Any]:  # what is written to config.json
+        return {**base.to_diff_dict(self), name: value}  # type: ignore[attr-defined]
+
+    def from_dict(cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        known = {k: v for k, v in config_dict.items() if (k, v) != FUSE}
+        return base.from_dict.__func__(cls, known, **kwargs)  # type: ignore[attr-defined]
+
+    body = {"to_diff_dict": to_diff_dict, "from_dict": classmethod(from_dict), "__module__": __name__}
     model_type = PREFIX + base.model_type  # type: ignore[attr-defined]
-    return type(f"Lean{base.__name__}", (base,), {"model_type": model_type, "__module__": __name__})
+    return type(f"Lean{base.__name__}", (base,), {**body, "model_type": model_type})
 
 
 @cache
@@ -167,3 +191,11 @@ def become_lean(model: Any) -> None:
     install_cache_rules(model)
 
 
+def become_stock(model: Any) -> None:
+    """Turn a model object back into its stock class once no edit is left: the edited blocks have gone altogether."""
+    if not hasattr(type(model), "lean_base"):
+        return
+    install_cache_rules(model)
+    model.__class__ = type(model).lean_base
+    model.config.__class__ = type(model).config_class
+    model.config.architectures = [type(model).__name__]

@@ -19,7 +19,10 @@ def resolve(source: str | Path) -> str:
     if text.startswith(ZOO):
         from . import zoo
 
-        return str(zoo.resolve(text))
+        try:
+            return str(zoo.resolve(text))
+        except ValueError as error:
+            raise RequestError(str(error)) from error
     path = Path(text)
     if path.is_dir():
         _check_folder(path)
@@ -37,18 +40,19 @@ def load(
 ) -> tuple[Any, Any]:
     """Load `source` for inference: (model in eval mode, tokenizer or None).
 
-    `source`: hub id, checkpoint folder or `zoo:NAME`. Further arguments go to `AutoModelForCausalLM.from_pretrained`.
-    Raises `RequestError` for a folder that is not a checkpoint, a truncated safetensors file, weights missing,
-    left over or of other shapes than the config says.
+    `source`: hub id, checkpoint folder or `zoo:NAME`. Further arguments go to `from_pretrained` of the Auto class for
+    causal language models, or of that for image-text-to-text models where only that one knows the model. Weights are
+    read from safetensors only. Raises `RequestError` for a folder that is not a checkpoint, a truncated safetensors
+    file, weights missing, left over or of other shapes than the config says.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     where = resolve(source)
+    kwargs = {"dtype": dtype, "device_map": device_map, "use_safetensors": True, **kwargs}
     with quiet():
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
-                where, dtype=dtype, device_map=device_map, output_loading_info=True, **kwargs
-            )
+            auto = _auto_class(where, kwargs)
+            model, info = auto.from_pretrained(where, output_loading_info=True, **kwargs)
             loaded_tokenizer = AutoTokenizer.from_pretrained(where) if tokenizer else None
         except (OSError, ValueError, RuntimeError) as error:
             raise _explain(source, error) from error
@@ -59,6 +63,16 @@ def load(
 
         self_check(model)
     return model, loaded_tokenizer
+
+
+def _auto_class(where: str, kwargs: dict[str, Any]) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    hub = {k: kwargs[k] for k in ("revision", "token", "trust_remote_code", "cache_dir") if k in kwargs}
+    config = type(kwargs.get("config") or AutoConfig.from_pretrained(where, **hub))
+    only_with_images = config in AutoModelForImageTextToText._model_mapping
+    only_with_images = only_with_images and config not in AutoModelForCausalLM._model_mapping
+    return AutoModelForImageTextToText if only_with_images else AutoModelForCausalLM
 
 
 def load_tokenizer(source: str | Path) -> Any:
@@ -89,7 +103,10 @@ def _check_folder(folder: Path) -> None:
         check_safetensors(file)
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        named = set(json.loads(index.read_text())["weight_map"].values())
+        try:
+            named = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RequestError(f"{index} is not an index of weights; copy it again") from error
         missing = sorted(n for n in named if not (folder / n).is_file())
         if missing:
             raise RequestError(f"{folder} lacks {missing[0]}, which its index names; the copy is incomplete")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,9 +12,14 @@ from torch import Tensor, nn
 from . import kv
 from .anatomy import Anatomy, Block, Kind, Sublayer, anatomy, text_config
 from .errors import RequestError, UnsupportedArchitectureError
-from .lean import apply_edit, become_lean
+from .lean import VERSION, apply_edit, become_lean, become_stock
+from .loading import quiet
 
 Bias = Mapping[tuple[Kind, int], Tensor]
+
+PER_LAYER = ("layer", "attention", "expert", "moe", "types")  # in the names of settings that are a list with one entry a block
+INDEX_LISTS = ("mlp_only_layers", "moe_layers")  # settings that are a list of block numbers
+NOT_SETTINGS = ("layer_idx", "training", "gradient_checkpointing", "_is_hf_initialized")
 
 
 def drop(
@@ -37,15 +43,14 @@ def drop(
     constants = dict(bias or {})
     _refuse_bad_bias(a, plan, constants)
     removed, edits = _edits(a, plan, constants)
-    config = _config_without(model, a, removed)  # refuses before the model is touched
+    config = _config_without(a, removed)  # refuses before the model is touched
     lean = _lean_section(a, removed, edits)
     stack = model.get_submodule(a.stack_name)
     for edit in edits:
         apply_edit(stack[edit["block"]], edit, _constant(stack[edit["block"]], edit, constants, a))
     _remove_blocks(model, a, stack, removed, config)
     model.config.lean = lean
-    if lean["edits"]:
-        become_lean(model)
+    (become_lean if lean["edits"] else become_stock)(model)
     if check:
         kv.self_check(model)
     return model
@@ -146,7 +151,7 @@ def _lean_section(a: Anatomy, removed: list[int], edits: list[dict[str, Any]]) -
     new_index = {old: new for new, old in enumerate(kept)}
     moved = [{**e, "block": new_index[e["block"]]} for e in (*a.edits, *edits) if e["block"] in new_index]
     return {
-        "version": 1,
+        "version": VERSION,
         "base_model_type": a.model.config.model_type.removeprefix("lean_"),
         "stack": a.stack_name,
         "hidden_size": a.model.get_submodule(a.embeddings).weight.shape[-1],
@@ -164,26 +169,68 @@ def _now_dropped(a: Anatomy, kind: Kind, edits: list[dict[str, Any]], removed: l
     return sorted({*before, *now, *(a.original_index[i] for i in removed)})
 
 
-def _config_without(model: Any, a: Anatomy, removed: list[int]) -> dict[str, Any]:
-    """New values of the text config's per-layer settings once blocks `removed` are gone."""
-    config = text_config(model)
-    depth, kept = len(a.blocks), [b.index for b in a.blocks if b.index not in removed]
-    values: dict[str, Any] = {"num_hidden_layers": len(kept)}
+def _config_without(a: Anatomy, removed: list[int]) -> dict[str, Any]:
+    """New values of the text config's per-layer settings once blocks `removed` are gone.
+
+    Raises `UnsupportedArchitectureError` where no stock config describes the blocks that stay.
+    """
     if not removed:
         return {}
+    config = text_config(a.model)
+    depth, kept = len(a.blocks), [b.index for b in a.blocks if b.index not in removed]
+    values: dict[str, Any] = {"num_hidden_layers": len(kept)}
     for name, value in config.to_dict().items():
-        if isinstance(value, (list, tuple)) and len(value) == depth and any(w in name for w in ("layer", "attention")):
+        if isinstance(value, (list, tuple)) and len(value) == depth and any(w in name for w in PER_LAYER):
             values[name] = [value[i] for i in kept]
-    if isinstance(indices := getattr(config, "mlp_only_layers", None), list):
-        values["mlp_only_layers"] = [new for new, old in enumerate(kept) if old in indices]
+    for name in INDEX_LISTS:
+        if isinstance(indices := getattr(config, name, None), list):
+            values[name] = [new for new, old in enumerate(kept) if old in indices]
     if isinstance(dense := getattr(config, "first_k_dense_replace", None), int):
         values["first_k_dense_replace"] = sum(old < dense for old in kept)
-    if (getattr(config, "decoder_sparse_step", None) or 1) > 1:
-        raise UnsupportedArchitectureError(
-            f"{type(model).__name__} places experts in every {config.decoder_sparse_step}th block, so blocks cannot be "
-            "renumbered; drop attention or feed-forwards instead"
-        )
+    if (getattr(config, "decoder_sparse_step", None) or 1) > 1:  # experts in every nth block: say which are dense
+        values["decoder_sparse_step"] = 1
+        values["mlp_only_layers"] = [new for new, old in enumerate(kept) if a.blocks[old].experts is None]
+    _refuse_unlike(a, kept, values)
     return values
+
+
+def _refuse_unlike(a: Anatomy, kept: list[int], values: dict[str, Any]) -> None:
+    """A model built from the new config must have the blocks that stay: same tensors, same settings in every module.
+
+    This is what notices rules of a kind unknown here (every 4th layer without rotary embeddings, scales by depth).
+    """
+    config = copy.deepcopy(a.model.config)
+    for name, value in values.items():
+        setattr(config.get_text_config(decoder=True), name, value)
+    base = getattr(type(a.model), "lean_base", type(a.model))
+    with torch.device("meta"), quiet():
+        stack = base(config).get_submodule(a.stack_name)
+    edited = {e["block"] for e in a.edits}
+    for new, old in zip(stack, kept, strict=True):
+        theirs = dict(new.named_modules())
+        for name, module in a.blocks[old].module.named_modules():
+            other, ours = theirs.get(name), getattr(type(module), "lean_base", type(module))
+            if type(other) is ours:
+                same = _settings(module, other) == _settings(other, module)
+            else:  # quantisers and adapters stand where a Linear was; their inside has no counterpart
+                same = old in edited or other is None or isinstance(other, nn.Linear)
+            if not same:
+                raise UnsupportedArchitectureError(
+                    f"{type(a.model).__name__}: block {old} would not be the same block in a shallower model (its "
+                    f"{name or 'own settings'} depend on its number), so blocks cannot be removed; drop attention or "
+                    "feed-forwards alone"
+                )
+
+
+def _settings(module: nn.Module, other: nn.Module) -> dict[str, Any]:
+    """What `module`'s config and number made it: plain attributes, where `other` has them too, and tensor shapes."""
+    plain = {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, (int, float, str, type(None))) and name in vars(other) and name not in NOT_SETTINGS
+    }
+    tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    return plain | {f"{n} (tensor)": tuple(t.shape) for n, t in tensors if n != "lean_bias"}
 
 
 def _remove_blocks(

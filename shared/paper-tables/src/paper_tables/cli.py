@@ -143,7 +143,7 @@ def claims(targets: Targets = None, results: Results = Path("results")) -> dict[
     from rich.console import Console
 
     from .report import collect, tally
-    from .terminal import print_claims
+    from .terminal import print_claims, print_heading
 
     chosen, problems = _chosen(targets or [])
     _warn(problems)
@@ -151,13 +151,17 @@ def claims(targets: Targets = None, results: Results = Path("results")) -> dict[
     console = Console(highlight=False)
     for found in reports:
         if found.table.claims:
-            console.print(f"[bold]{found.paper.name}/{found.table.id}[/bold]  {found.table.title}")
+            print_heading(console, found)
             print_claims(console, found)
+            console.print()
+    for scale, counts in tally(reports).items():
+        console.print(f"{scale}: {', '.join(f'{n} {status}' for status, n in counts.items())}")
     rows = [
-        {"table": f"{r.paper.name}/{r.table.id}", "claim": claim, "scale": scale, "verdict": v.status}
+        {"table": f"{r.paper.name}/{r.table.id}", "claim": claim, "scale": scale, "verdict": v.status,
+         "detail": v.detail}
         for r in reports for scale, found in r.scales.items() for claim, v in found.verdicts.items()
     ]  # fmt: skip
-    return {"count": tally(reports)} if sys.stdout.isatty() else {"count": tally(reports), "claims": rows}
+    return Shown(count=tally(reports), claims=rows)
 
 
 def add_reproduce(application: App, paper: Callable[[], Paper]) -> None:

@@ -42,6 +42,7 @@ from .progress import progress, set_quiet, track
 __all__ = ["MissingExtra", "WorkFailed", "make_app", "progress", "require", "track"]
 
 FRAME = ("config", "quiet", "as_json", "debug")
+CONFIG = "paper_tables.config"  # of a context's meta: the file that was read
 
 
 def _use_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -66,6 +67,7 @@ def _use_config(context: typer.Context, path: Path | None) -> Path | None:
             raise TableError(f"{path}:{values.lines[key]}: unknown key {key!r}{nearest(plain, known)}")
         if value is not None:
             found[name] = value
+    context.meta[CONFIG] = path
     context.default_map = {**(context.default_map or {}), **found}
     return path
 
@@ -111,12 +113,21 @@ def _say_usage(name: str, error: Exception) -> int:
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else name
     message = error.format_message() if hasattr(error, "format_message") else one_line(error)
-    if not message:  # no command given: the help was wanted
-        print(context.get_help() if context is not None else command)
+    if context is not None and message in ("", context.get_help()):  # no command given: the help was wanted
+        print(context.get_help())
         return 2
+    place = _file_of(context, getattr(error, "param", None))
     hint = f" (try {command} --help)" if context is not None else ""
-    print(f"{command}: {' '.join(message.split())}{hint}", file=sys.stderr)
+    print(f"{command}: {place}{' '.join(message.split())}{hint}", file=sys.stderr)
     return 2
+
+
+def _file_of(context: Any, parameter: Any) -> str:
+    """`FILE: ` if the value of `parameter` came from a configuration file."""
+    if context is None or parameter is None or CONFIG not in context.meta:
+        return ""
+    source = context.get_parameter_source(parameter.name)
+    return f"{context.meta[CONFIG]}: " if getattr(source, "name", "") == "DEFAULT_MAP" else ""
 
 
 class App(typer.Typer):
@@ -215,21 +226,25 @@ def _stop(message: str, code: int) -> None:
     raise typer.Exit(code)
 
 
-def plain(value: Any) -> Any:
-    """`value` as JSON can hold it: paths and tensors become text and lists, what is not finite becomes null."""
+def plain(value: Any, other: Callable[[Any], Any] = str) -> Any:
+    """`value` as JSON can hold it: paths and tensors become text and lists, what is not finite becomes null.
+
+    `other` says what becomes of a value of any other kind.
+    """
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, (str, int, bool)):
         return value
     if is_dataclass(value) and not isinstance(value, type):
-        return plain(asdict(value))
+        return plain(asdict(value), other)
     if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
+        return {str(k): plain(v, other) for k, v in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
-        return [plain(v) for v in (sorted(value, key=str) if isinstance(value, (set, frozenset)) else value)]
+        ordered = sorted(value, key=str) if isinstance(value, (set, frozenset)) else value
+        return [plain(v, other) for v in ordered]
     if hasattr(value, "tolist"):
-        return plain(value.tolist())
-    return str(value)
+        return plain(value.tolist(), other)
+    return other(value)
 
 
 def show(result: Any, *, as_json: bool = False) -> None:

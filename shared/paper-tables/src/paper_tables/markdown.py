@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from .claims import HELD, NOT_HELD, NOT_MEASURED
 from .report import LABELS, TableReport, tally
 
-SIGNS = {"held": "✓ held", "not held": "✗ not held", "not measured": "– not measured"}
+SIGNS = {HELD: "✓ held", NOT_HELD: "✗ not held", NOT_MEASURED: "– not measured"}
 
 
 def page(

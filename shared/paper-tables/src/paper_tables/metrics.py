@@ -85,8 +85,8 @@ def language_score(
     begins with BOS (else EOS). It is cut into windows of `length` tokens (default: the model's context, at most 1,024)
     that overlap by one: a window's first token is context alone, having been predicted as the last of the window
     before. So every token of every document is predicted exactly once, and the bytes are exactly the documents' own.
-    Separators are context, their prediction is not counted. A tokenizer with neither BOS nor EOS has no context for
-    the very first token: that one token is then not predicted, and its bytes are not counted.
+    Separators are context, their prediction is not counted. With a tokenizer that has neither BOS nor EOS, the first
+    token (as many as make a character) is context alone: neither its prediction nor its bytes are counted.
     Memory does not grow with the number of documents. Raises `TableError` where there is no text.
     `progress` is called with the number of tokens done.
     """
@@ -121,7 +121,6 @@ class _Text:
     def __init__(self, tokenizer: Any, documents: Iterable[str], limit: int | None) -> None:
         self.tokenizer, self.source, self.limit = tokenizer, documents, limit
         self.documents = self.bytes = 0
-        self.begun = False
 
     def stream(self) -> Iterator[tuple[int, bool]]:
         eos, bos = self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
@@ -135,12 +134,22 @@ class _Text:
                 yield between, False
             ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             self.bytes += len(text.encode("utf-8", "surrogatepass"))
-            if first is None and ids and not self.begun:
-                self.bytes -= len(self.tokenizer.decode(ids[:1]).encode())
-            self.begun = self.begun or bool(ids)
             self.documents += 1
-            for token in ids:
-                yield token, True
+            context = 0
+            if first is None and ids:
+                first = ids[0]
+                context = self._begin(text, ids)
+            for place, token in enumerate(ids):
+                yield token, place >= context
+
+    def _begin(self, text: str, ids: list[int]) -> int:
+        """How many tokens make the first character or more of `text`; their bytes are taken off the count."""
+        for count in range(1, min(len(ids), 4) + 1):  # a character has four bytes at most, so as many tokens
+            begun = self.tokenizer.decode(ids[:count], clean_up_tokenization_spaces=False)
+            if begun and text.startswith(begun):
+                self.bytes -= len(begun.encode())
+                return count
+        return 1
 
 
 Window = tuple[list[int], list[bool]]
@@ -217,8 +226,9 @@ def lm_eval_tasks(
     """Run lm-eval `tasks` on a loaded model: task -> metric -> {"value", "se"?}, metrics by lm-eval's names ("acc").
 
     `folder`: a folder of task YAML files to take the tasks from, offline (`model_hooks.zoo`'s, for example); without
-    it, they are lm-eval's own. A group's or tag's members are among the results under their own names. `limit`:
-    documents per task; `shots`: overrides the tasks' own. Standard errors are lm-eval's. Raises `TableError` for unknown tasks, `MissingExtra` without lm-eval.
+    it, they are lm-eval's own. `limit`: documents per task; `shots`: overrides the tasks' own. The members of a group
+    or tag are among the results under their own names. Standard errors are lm-eval's. Raises `TableError` for unknown
+    tasks, `MissingExtra` without lm-eval.
     """
     require("lm_eval", extra="eval", package="paper-tables")
     from lm_eval import simple_evaluate

@@ -54,8 +54,10 @@ def page(
              '<meta name="viewport" content="width=device-width, initial-scale=1">',
              f"<style>{STYLE}</style></head><body>", "<h1>Tables, measured</h1>"]  # fmt: skip
     if any("published" in sources for r in reports for _, sources in r.columns()):
-        parts.append('<p class="soft">Figures of the papers stand beside those measured, on <span class="published">'
-                     "&nbsp;this ground&nbsp;</span>; ± is a standard error; the best measured figure is bold.</p>")  # fmt: skip
+        parts.append(
+            '<p class="soft">Figures of the papers stand beside those measured, on <span class="published">&nbsp;this '
+            "ground&nbsp;</span>; ± is a standard error; the best measured figure of a column is bold.</p>"
+        )
     else:
         parts.append('<p class="soft">± is a standard error; the best measured figure of a column is bold.</p>')
     parts += [_tally(scale, counts) for scale, counts in tally(reports).items()]
@@ -112,7 +114,7 @@ def _grid(report: TableReport) -> str:
     columns = report.columns()
     arrows = {"lower": " ↓", "higher": " ↑", "": ""}
     top = "".join(f'<th class="first" colspan="{len(s)}">{escape(c.header)}{arrows[c.better]}</th>' for c, s in columns)
-    below = "".join(f'<th class="{_classes(s, s == sources[0])}">{escape(LABELS[s])}</th>'
+    below = "".join(f"<th{_classes(s, s == sources[0])}>{escape(LABELS[s])}</th>"
                     for _, sources in columns for s in sources)  # fmt: skip
     reference = {row.id for scale in report.scales for row in report.table.rows(scale) if row.reference}
     best = {(c.id, s): report.best(c, s) for c, sources in columns for s in sources}
@@ -121,16 +123,18 @@ def _grid(report: TableReport) -> str:
         cells = []
         for column, sources in columns:
             for source in sources:
-                marks = _classes(source, source == sources[0]) + (" best" if row in best[column.id, source] else "")
-                cells.append(f'<td class="{marks}">{_cell(report.cell(row, column, source))}</td>')
+                marks = _classes(source, source == sources[0], row in best[column.id, source])
+                cells.append(f"<td{marks}>{_cell(report.cell(row, column, source))}</td>")
         mark = ' class="reference"' if row in reference else ""
         body.append(f"<tr{mark}><th>{escape(title)}</th>{''.join(cells)}</tr>")
     return (f"<table><thead><tr><th></th>{top}</tr><tr><th></th>{below}</tr></thead>"
             f"<tbody>{''.join(body)}</tbody></table>")  # fmt: skip
 
 
-def _classes(source: str, first: bool) -> str:
-    return " ".join((["first"] if first else []) + (["published"] if source == "published" else []))
+def _classes(source: str, first: bool, best: bool = False) -> str:
+    names = {"first": first, "published": source == "published", "best": best}
+    given = " ".join(name for name, wanted in names.items() if wanted)
+    return f' class="{given}"' if given else ""
 
 
 def _cell(text: str) -> str:

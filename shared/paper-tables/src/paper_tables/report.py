@@ -104,13 +104,17 @@ class TableReport:
                 lines.append(f"{LABELS[scale]}: {found.stale} units were measured by other code or from other inputs "
                              "than there are now; `paper-tables run` measures them again")  # fmt: skip
             lines += [f"{LABELS[scale]}: {unit} failed: {error}" for unit, error in found.failed.items()]
+        by_source: dict[str, list[str]] = {}
         for figure in self.table.figures:
             if figure.shown:
                 said = f"{figure.provenance}, {figure.source}" if figure.source else figure.provenance
-                lines.append(f"published {self.table.columns[figure.column].title} of {figure.row}: from {said}")
+                what = f"{self.table.columns[figure.column].title} of {self.rows[figure.row]}"
+                by_source.setdefault(said, []).append(what)
+        for said, figures in by_source.items():
+            lines.append(f"published ({said}): " + (f"{len(figures)} figures" if figures[3:] else "; ".join(figures)))
         hidden = sum(not f.shown for f in self.table.figures)
         if hidden:
-            lines.append(f"{hidden} of the paper's figures known only from memory: not shown")
+            lines.append(f"{hidden} of the paper's figures, known only from memory, not shown")
         lines += [f"{c.title}: {c.note}" for c in self.table.columns.values() if c.note]
         return lines
 
@@ -136,9 +140,7 @@ def collect(paper: Paper, table: Table, results: Path) -> TableReport:
     for scale in (s for s in ORDER if s in table.scales):
         found = _scale(paper, table, scale, results, code)
         if found.any:
-            found.verdicts = {
-                claim.id: judge(table, claim, scale, found.cell) for claim in table.claims
-            }
+            found.verdicts = {claim.id: judge(table, claim, scale, found.cell) for claim in table.claims}
             scales[scale] = found
     return TableReport(paper, table, scales)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import TableError, nearest, one_line
+from .frame import plain
 from .machine import describe, machine
 from .paper import Context, Paper, check_scale
 from .progress import Bar, progress
@@ -115,7 +116,7 @@ def _run_unit(job: _Job, unit: Unit, key: dict[str, Any], context: Context) -> s
     failure: str | None = None
     try:
         values = check_values(job.paper.run(dict(unit.cell), context), job.table)
-        artefacts = {name: _plain(value, name) for name, value in context.artefacts.items()}
+        artefacts = {name: _artefact(name, value) for name, value in context.artefacts.items()}
         record = {"values": values, **({"artefacts": artefacts} if artefacts else {})}
     except Exception as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
@@ -170,19 +171,13 @@ def check_values(values: Any, table: Table) -> dict[str, dict[str, float]]:
     return checked
 
 
-def _plain(value: Any, name: str) -> Any:
+def _artefact(name: str, value: Any) -> Any:
     """An artefact as JSON can hold it: nested lists of numbers (not finite: None), text or mappings."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, (str, int, bool)):
-        return value
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v, name) for k, v in value.items()}
-    if hasattr(value, "tolist"):
-        return _plain(value.tolist(), name)
-    if isinstance(value, (list, tuple)):
-        return [_plain(v, name) for v in value]
-    raise TableError(f"artefact {name!r} holds {type(value).__name__}; lists of numbers are expected")
+
+    def refuse(part: Any) -> Any:
+        raise TableError(f"artefact {name!r} holds {type(part).__name__}; lists of numbers are expected")
+
+    return plain(value, refuse)
 
 
 def publish(tables: Iterable[tuple[Paper, Table]], scale: str, results: Path) -> list[Path]:

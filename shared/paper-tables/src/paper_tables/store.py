@@ -48,7 +48,9 @@ def read_results(path: Path, package: str, table: str, scale: str) -> Results:
 
 def write(path: Path, content: str | bytes) -> None:
     """Write `path` so that a crash or a full disk leaves the old file or the new one, never a part."""
-    from model_hooks.files import atomic_write  # here: with it come torch and transformers, seconds that reading needs not
+    from model_hooks.files import (
+        atomic_write,
+    )  # here: with it come torch and transformers, seconds that reading needs not
 
     atomic_write(path, content)
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from keyword import iskeyword
 from pathlib import Path
 from typing import Any
 
-from .errors import TableError, nearest
-from .yamlfile import Map, Reader, read_yaml
+from .errors import nearest
+from .yamlfile import Reader, read_yaml
 
 SCALES = ("quick", "tiny", "paper")
 PROVENANCE = ("table", "figure", "text", "abstract", "repo", "derived", "recalled")
@@ -169,21 +169,16 @@ class Table:
         ]  # fmt: skip
 
     def all_rows(self) -> dict[str, str]:
-        """Id and title of the rows of all scales together, in the table's order."""
+        """Id and title of the rows of all scales together, in the table's order; ascending numbers of a grid ascend."""
+        offered = {row.id for scale in self.scales for row in self.rows(scale)}
         titles: dict[str, str] = {}
-        for spec_rows in itertools.zip_longest(*(self._by_spec(scale) for scale in self.scales), fillvalue=[]):
-            for row in itertools.chain.from_iterable(spec_rows):
-                titles.setdefault(row.id, row.title)
-        return titles
-
-    def _by_spec(self, scale: str) -> list[list[Row]]:
-        kept = {row.id: row for row in self.rows(scale)}
-        groups = []
         for spec in self.specs:
-            here = [] if spec.scales and scale not in spec.scales else _product(spec, self.scales[scale])
-            ids = [_template(spec, spec.id, params) for params in here]
-            groups.append([kept[i] for i in ids if i in kept])
-        return groups
+            scales = [s for name, s in self.scales.items() if not spec.scales or name in spec.scales]
+            for params in _product(spec, *scales):
+                row = _template(spec, spec.id, params)
+                if row in offered:
+                    titles.setdefault(row, _template(spec, spec.title, params))
+        return titles
 
     def figure(self, row: str, column: str) -> PaperFigure | None:
         """The paper's figure of a cell, if it may be shown."""
@@ -204,8 +199,17 @@ def expand(value: Any, vary: Mapping[str, list[Any]], reader: Reader, key: str) 
     return list(value) if isinstance(value, list) else [value]
 
 
-def _product(spec: _RowSpec, scale: Scale) -> list[dict[str, Any]]:
-    axes = {name: expand(values, scale.vary, spec.reader, "grid") for name, values in spec.grid.items()}
+def _product(spec: _RowSpec, *scales: Scale) -> list[dict[str, Any]]:
+    """The parameters of a row, or of each row of a grid, with all values that its axes take at `scales`."""
+    if not scales:
+        return []
+    axes = {}
+    for name, values in spec.grid.items():
+        lists = [expand(values, scale.vary, spec.reader, "grid") for scale in scales]
+        found = list(itertools.chain.from_iterable(lists))
+        unique = [v for i, v in enumerate(found) if v not in found[:i]]
+        numbers = all(isinstance(v, (int, float)) for v in unique)
+        axes[name] = sorted(unique) if numbers and all(own == sorted(own) for own in lists) else unique
     return [{**spec.params, **dict(zip(axes, point, strict=True))} for point in itertools.product(*axes.values())]
 
 
@@ -220,6 +224,8 @@ def _template(spec: _RowSpec, text: str, params: Mapping[str, Any]) -> str:
 
 def read_table(path: Path, package: str) -> Table:
     """Read and check one table file. Raises `TableError` with file, line and the nearest right name."""
+    from .checks import check_table
+
     reader = Reader(path, read_yaml(path), "table")
     reader.only(
         ("id", "title", "source", "about", "columns", "rows", "settings", "inputs", "scales", "paper", "claims",
@@ -235,7 +241,7 @@ def read_table(path: Path, package: str) -> Table:
         title=reader.text("title"),
         source=reader.text("source"),
         about=reader.text("about"),
-        columns={key: _column(reader, key) for key in reader.mapping("columns")},
+        columns={key: _column(reader.inner("columns", "columns"), key) for key in reader.mapping("columns")},
         scales={key: _scale(reader, key) for key in reader.mapping("scales")},
         figures=tuple(_figure(path, item, reader) for item in reader.items("paper")),
         claims=tuple(_claim(path, item, reader) for item in reader.items("claims")),
@@ -243,14 +249,14 @@ def read_table(path: Path, package: str) -> Table:
         inputs=reader.words("inputs") or ("model", "data"),
         specs=tuple(_row(path, item, reader) for item in reader.items("rows")),
     )
-    _check(table, reader)
+    check_table(table, reader)
     return table
 
 
 def _column(parent: Reader, key: str) -> Column:
     if not key.isidentifier() or iskeyword(key):
-        raise TableError(f"{parent.path}:{parent.line('columns')}: column id {key!r} must be a Python name")
-    reader = Reader(parent.path, parent.map["columns"][key], f"column {key}", parent.line("columns"))
+        raise parent.fail(f"{key!r} must be a Python name", key)
+    reader = parent.inner(key, f"column {key}")
     reader.only(("title", "unit", "format", "better", "note"), ("title",))
     form = reader.text("format", ".4g")
     try:
@@ -263,8 +269,8 @@ def _column(parent: Reader, key: str) -> Column:
 
 def _scale(parent: Reader, key: str) -> Scale:
     if key not in SCALES:
-        raise parent.fail(f"unknown scale {key!r}{nearest(key, SCALES)}", "scales")
-    reader = Reader(parent.path, parent.map["scales"][key], f"scale {key}", parent.line("scales"))
+        raise parent.inner("scales", "scales").fail(f"unknown scale {key!r}{nearest(key, SCALES)}", key)
+    reader = parent.inner("scales", "scales").inner(key, f"scale {key}")
     reader.only(("seeds", "vary", "settings", "only"))
     vary = reader.mapping("vary")
     for name, values in vary.items():
@@ -335,61 +341,3 @@ def _plot(path: Path, item: Any, parent: Reader) -> Plot:
     names = ("x", "y", "by", "baseline", "row", "artefact")
     texts = {name: reader.text(name) for name in names}
     return Plot(reader.text("id"), kind, reader.text("title", reader.text("id")), rows=reader.words("rows"), **texts)
-
-
-def _check(table: Table, reader: Reader) -> None:
-    """What only shows when the parts are put together: every name that a figure, a claim or a plot uses exists."""
-    from .claims import check_claim
-
-    if not table.columns or not table.scales or not table.specs:
-        empty = "columns" if not table.columns else "scales" if not table.scales else "rows"
-        raise reader.fail(f"{empty!r} is empty", empty)
-    rows = table.all_rows()
-    for figure, item in zip(table.figures, reader.items("paper"), strict=True):
-        for name, known, key in ((figure.row, rows, "row"), (figure.column, table.columns, "column")):
-            if name not in known:
-                raise Reader(table.path, item, "paper's figure").fail(f"no {key} {name!r}{nearest(name, known)}", key)
-    cells = [(figure.row, figure.column) for figure in table.figures]
-    for cell, item in zip(cells, reader.items("paper"), strict=True):
-        if cells.count(cell) > 1:
-            raise Reader(table.path, item, "paper's figure").fail(f"{cell[1]} of {cell[0]!r} is given twice", "row")
-    for kind, ids in (("claim", [c.id for c in table.claims]), ("plot", [p.id for p in table.plots])):
-        for twice in {i for i in ids if ids.count(i) > 1}:
-            raise reader.fail(f"id {twice!r} belongs to two {kind}s", f"{kind}s")
-    for claim in table.claims:
-        check_claim(table, claim)
-    _check_patterns(table, reader)
-    for plot, item in zip(table.plots, reader.items("plots"), strict=True):
-        for key, name, known in _plot_names(table, plot, rows):
-            if name and name not in known:
-                raise Reader(table.path, item, "plot").fail(f"{key}: no {name!r}{nearest(name, known)}", key)
-
-
-def _check_patterns(table: Table, reader: Reader) -> None:
-    """Every scale that a row names is offered, and every pattern of row ids meets a row."""
-    for spec in table.specs:
-        for scale in spec.scales:
-            if scale not in table.scales:
-                raise spec.reader.fail(f"the table offers no scale {scale!r}{nearest(scale, table.scales)}", "scales")
-    for name, settings in table.scales.items():
-        rows = [row.id for row in replace(table, scales={name: replace(settings, only=())}).rows(name)]
-        _meet(settings.only, rows, Reader(table.path, reader.map["scales"][name] or Map(), f"scale {name}"), "only")
-    for plot, item in zip(table.plots, reader.items("plots"), strict=True):
-        _meet(plot.rows, list(table.all_rows()), Reader(table.path, item, "plot"), "rows")
-
-
-def _meet(patterns: tuple[str, ...], rows: list[str], reader: Reader, key: str) -> None:
-    for pattern in patterns:
-        if not any(matches(row, (pattern,)) for row in rows):
-            raise reader.fail(f"{key}: no row {pattern!r}{nearest(pattern, rows)}", key)
-
-
-def _plot_names(table: Table, plot: Plot, rows: Mapping[str, str]) -> Iterator[tuple[str, str, Any]]:
-    params = {name for spec in table.specs for name in (*spec.params, *spec.grid)}
-    if plot.kind == "heatmap":
-        yield "row", plot.row, rows
-        return
-    yield "y", plot.y, table.columns
-    yield "x", plot.x, params
-    yield "by", plot.by, params
-    yield "baseline", plot.baseline, rows

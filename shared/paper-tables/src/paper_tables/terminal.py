@@ -2,38 +2,49 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
+from .claims import HELD, NOT_HELD, NOT_MEASURED
 from .report import LABELS, TableReport
 from .table import Column
 
-COLOURS = {"held": "green", "not held": "red", "not measured": "dim"}
-SIGNS = {"held": "✓", "not held": "✗", "not measured": "–"}
+Cell = tuple[Column, str]  # a column and its source: `published` or a scale
+COLOURS = {HELD: "green", NOT_HELD: "red", NOT_MEASURED: "dim"}
+SIGNS = {HELD: "✓", NOT_HELD: "✗", NOT_MEASURED: "–"}
 
 
 def print_report(console: Any, report: TableReport) -> None:
     """Print one table with its claims and notes."""
     from rich.markup import escape
 
-    console.print(f"[bold]{escape(report.paper.name)}/{escape(report.table.id)}[/bold]  {escape(report.table.title)}")
+    print_heading(console, report)
     console.print(f"[dim]{escape(report.table.source)}[/dim]")
     if not report.scales:
         console.print("[dim]nothing measured yet[/dim]\n")
         return
     columns = [(column, source) for column, sources in report.columns() for source in sources]
-    if _width(report, columns) <= console.width:
-        console.print(_grid(report, columns))
-    else:
-        for scale in report.scales:
-            console.print(_grid(report, [(c, s) for c, s in columns if s in ("published", scale)]))
+    groups = [columns]
+    if _width(report, columns) > console.width:
+        groups = [[(c, s) for c, s in columns if s in ("published", scale)] for scale in report.scales]
+    for group in groups:
+        for part in _parts(report, group, console.width):
+            console.print(_grid(report, part))
     print_claims(console, report)
     for note in report.notes():
         console.print(f"[dim]{escape(note)}[/dim]", style="red" if " failed: " in note else "")
     console.print()
 
 
-def _width(report: TableReport, columns: Sequence[tuple[Column, str]]) -> int:
+def print_heading(console: Any, report: TableReport) -> None:
+    """Print a table's name and title."""
+    from rich.markup import escape
+
+    console.print(f"[bold]{escape(report.paper.name)}/{escape(report.table.id)}[/bold]  {escape(report.table.title)}")
+
+
+def _width(report: TableReport, columns: Sequence[Cell]) -> int:
     """Characters that the table of all columns would take."""
     width = max(len(title) for title in report.rows.values()) + 3
     for column, source in columns:
@@ -42,7 +53,19 @@ def _width(report: TableReport, columns: Sequence[tuple[Column, str]]) -> int:
     return width
 
 
-def _grid(report: TableReport, columns: Sequence[tuple[Column, str]]) -> Any:
+def _parts(report: TableReport, columns: Sequence[Cell], width: int) -> list[list[Cell]]:
+    """`columns` as tables that fit into `width`; a column's published and measured figures stay together."""
+    parts: list[list[Cell]] = []
+    for _, group in itertools.groupby(columns, key=lambda pair: pair[0].id):
+        together = list(group)
+        if parts and _width(report, [*parts[-1], *together]) <= width:
+            parts[-1] += together
+        else:
+            parts.append(together)
+    return parts
+
+
+def _grid(report: TableReport, columns: Sequence[Cell]) -> Any:
     from rich import box
     from rich.markup import escape
     from rich.table import Table
@@ -71,17 +94,20 @@ def _styled(text: str, best: bool, source: str) -> str:
 
 
 def print_claims(console: Any, report: TableReport) -> None:
-    """Print the claims of a table with the verdict at each scale."""
+    """Print the claims of a table with their verdicts, and the scales of each."""
     from rich.markup import escape
     from rich.padding import Padding
 
     for claim in report.table.claims:
-        marks = []
+        by_status: dict[str, list[str]] = {}
         for scale, found in report.scales.items():
-            status = found.verdicts[claim.id].status
-            marks.append(f"[{COLOURS[status]}]{SIGNS[status]} {status}[/] [dim]{LABELS[scale]}[/dim]")
-        console.print(f"{'  '.join(marks) or '[dim]– not measured[/dim]'}  {escape(claim.text)}")
+            by_status.setdefault(found.verdicts[claim.id].status, []).append(LABELS[scale])
+        marks = [
+            f"[{COLOURS[status]}]{SIGNS[status]} {status}[/] [dim]({', '.join(labels)})[/dim]"
+            for status, labels in (by_status or {NOT_MEASURED: ["any scale"]}).items()
+        ]
+        console.print(f"{'  '.join(marks)}  {escape(claim.text)}")
         for scale, found in report.scales.items():
             verdict = found.verdicts[claim.id]
-            if verdict.status != "held" and verdict.detail:
+            if verdict.status != HELD and verdict.detail:
                 console.print(Padding(f"[dim]{LABELS[scale]}: {escape(verdict.detail)}[/dim]", (0, 0, 0, 2)))

@@ -116,7 +116,7 @@ def prefill(model: Any, ids: Any) -> Timed:
 
 
 def decode(model: Any, ids: Any, new_tokens: int) -> Timed:
-    """Greedy decoding of `new_tokens` after the context `ids` [batch, T]; its prefill is made before the clock starts."""
+    """Greedy decoding of `new_tokens` after the context `ids` [batch, T]; the clock starts after the prefill."""
 
     def setup() -> Any:
         out = _forward(model, ids, None)

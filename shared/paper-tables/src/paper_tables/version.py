@@ -68,7 +68,9 @@ def code_version(paper: Paper) -> str:
             continue
         origin = Path(spec.origin)
         parts.append(name.encode())
-        parts.extend(_tree(origin.parent, NOT_CODE, NO_CODE_IN) if spec.submodule_search_locations else [_content(origin)])
+        parts.extend(
+            _tree(origin.parent, NOT_CODE, NO_CODE_IN) if spec.submodule_search_locations else [_content(origin)]
+        )
     return _hash(parts)
 
 

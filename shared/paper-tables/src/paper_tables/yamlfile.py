@@ -75,6 +75,10 @@ class Reader:
         line = self.map.lines.get(key, self.map.line)
         return TableError(f"{self.path}:{line}: {self.what}: {message}")
 
+    def inner(self, key: str, what: str) -> Reader:
+        """A reader of the mapping under `key`."""
+        return Reader(self.path, self.map.get(key), what, self.line(key))
+
     def only(self, known: Iterable[str], needed: Iterable[str] = ()) -> None:
         """Refuse keys that are not `known` and the lack of one that is `needed`."""
         allowed = list(known)

@@ -1,0 +1,237 @@
+"""The training loop of `llm_drop.train`: transformers' Trainer with a loss that can look at the undropped parent.
+
+Every process runs it. It imports what the extra [train] installs, so it is imported where that is known to be there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import broadcast_object_list
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_zero3_enabled
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_pt_utils import get_model_param_count
+
+from llm_drop.prepare import DATA, LOG, START, TRAINED
+from model_hooks.loading import quiet
+from paper_tables import WorkFailed, progress
+from paper_tables.frame import require
+
+if TYPE_CHECKING:
+    from llm_drop.train import TrainConfig
+
+CHUNK = 1024  # positions whose float32 logits are held at once
+
+
+def healing_loss(logits: Tensor, ids: Tensor, parent_logits: Tensor | None = None, weight: float = 0.0) -> Tensor:
+    """`(1 - weight) * cross-entropy of the next token + weight * KL(parent || student)`, in nats.
+
+    Args:
+        logits, parent_logits: [batch, T, vocabulary], any dtype; computed with in float32, `CHUNK` positions at a time.
+        ids: [batch, T].
+
+    Returns:
+        The mean over the `batch * (T - 1)` predictions that have a next token.
+    """
+    batch, length = ids.shape
+    total = logits.new_zeros((), dtype=torch.float32)
+    for row in range(batch):
+        for start in range(0, length - 1, CHUNK):
+            here = slice(start, min(start + CHUNK, length - 1))
+            parent = None if parent_logits is None else parent_logits[row, here]
+            parts = (logits[row, here], ids[row, here.start + 1 : here.stop + 1], parent, weight)
+            total = total + checkpoint(_sum_of_losses, *parts, use_reentrant=False, preserve_rng_state=False)
+    return total / (batch * (length - 1))
+
+
+def _sum_of_losses(logits: Tensor, targets: Tensor, parent_logits: Tensor | None, weight: float) -> Tensor:
+    log_q = logits.float().log_softmax(-1)  # [positions, vocabulary]
+    loss = F.nll_loss(log_q, targets, reduction="sum")
+    if parent_logits is None or weight == 0:
+        return loss
+    log_p = parent_logits.float().log_softmax(-1)
+    return (1 - weight) * loss + weight * F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+
+
+def collate(rows: list[Tensor]) -> dict[str, Tensor]:
+    """Sequences [T] as a batch. Trainer scores only what has labels; the loss shifts them itself."""
+    ids = torch.stack(rows)  # [batch, T]
+    return {"input_ids": ids, "labels": ids}
+
+
+class Healer(Trainer):
+    """Trainer with `healing_loss`. `parent` is a frozen model, or None; evaluation is on the next token alone."""
+
+    def __init__(self, parent: nn.Module | None, weight: float, log: Path, **kwargs: Any) -> None:
+        super().__init__(data_collator=collate, **kwargs)
+        self.parent, self.weight = parent, weight
+        self.model_accepts_loss_kwargs = False  # all sequences are equally long: a mean of means is the mean
+        self.remove_callback(PrinterCallback)
+        self.add_callback(_Log(log))
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        ids = inputs["input_ids"]
+        logits = model(input_ids=ids, use_cache=False).logits
+        parent_logits = None
+        if self.parent is not None and model.training:
+            with torch.no_grad():
+                parent_logits = self.parent(input_ids=ids, use_cache=False).logits
+        loss = healing_loss(logits, ids, parent_logits, self.weight)
+        return (loss, {}) if return_outputs else loss
+
+
+class _Log(TrainerCallback):
+    """Keeps the log as JSON lines. A run that goes on begins with the lines that its checkpoint knows of."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.path.write_text("".join(json.dumps(entry) + "\n" for entry in state.log_history))
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            with self.path.open("a") as file:
+                file.write(json.dumps(state.log_history[-1]) + "\n")
+
+
+class Progress(TrainerCallback):
+    """Moves a bar, `bar(steps done, steps)`."""
+
+    def __init__(self, bar: Callable[[float, float], None]) -> None:
+        self.bar = bar
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar(state.global_step, state.max_steps)
+
+
+def load_parent(source: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The frozen parent, whole on `device`, or cut over the processes where ZeRO-3 cuts the student."""
+    parent = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    parent.eval().requires_grad_(False)
+    if not is_deepspeed_zero3_enabled():
+        return parent.to(device)  # type: ignore[no-any-return]
+    import deepspeed
+
+    zero = {k: v for k, v in deepspeed_config()["zero_optimization"].items() if k in ("stage", "offload_param")}
+    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
+    engine, *_ = deepspeed.initialize(model=parent, config=settings | {"bf16": {"enabled": dtype == torch.bfloat16}})
+    return engine.eval()  # type: ignore[no-any-return]
+
+
+def arguments(config: TrainConfig, deepspeed: str | None) -> Any:
+    cpu = not torch.accelerator.is_available()
+    arguments = TrainingArguments(
+        output_dir=str(config.work),
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps or -1,
+        learning_rate=config.learning_rate or config.rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=config.warmup,
+        weight_decay=config.weight_decay,
+        gradient_checkpointing=config.gradient_checkpointing and not config.fsdp,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        bf16=config.bf16,
+        deepspeed=deepspeed,
+        fsdp=config.fsdp or None,
+        fsdp_config={"version": 2, "activation_checkpointing": config.gradient_checkpointing} if config.fsdp else None,
+        save_steps=config.save_every,
+        save_total_limit=2,
+        logging_steps=config.log_every,
+        eval_on_start=True,
+        prediction_loss_only=True,
+        remove_unused_columns=False,
+        seed=config.seed,
+        use_cpu=cpu,
+        ddp_backend="gloo" if cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None,
+        ddp_timeout=7200,  # the others wait while the first process drops from, and at the end writes, a 70B model
+        disable_tqdm=True,
+        report_to="none",
+    )
+    if deepspeed:  # loading under ZeRO-3 comes before Trainer would do this
+        require("deepspeed.comm", extra="train", package="llm-drop").init_distributed(auto_mpi_discovery=False)
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # more GPUs are for a launcher: never torch's old DataParallel
+    return arguments
+
+
+def _model(config: TrainConfig, prepared: dict[str, Any], source: str) -> Any:
+    """The student as Trainer gets it: in float32 unless its weights are frozen or DeepSpeed keeps a float32 copy."""
+    sharded = config.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
+    halved = config.bf16 and not sharded and (config.method == "lora" or bool(config.deepspeed))
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16 if halved else torch.float32)
+    if config.method == "full":
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    set_seed(config.seed)  # every process must begin with the same adapters
+    lora = LoraConfig(
+        r=config.rank, lora_alpha=config.alpha, lora_dropout=0.0, task_type="CAUSAL_LM",
+        target_modules=prepared["modules"], target_parameters=prepared["banks"] or None,
+    )  # fmt: skip
+    return get_peft_model(model, lora)
+
+
+def last_checkpoint(work: Path) -> Path | None:
+    """The newest checkpoint that was written to its end: trainer_state.json comes last."""
+    found = [(int(m[1]), p) for p in work.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
+    for _, path in sorted(found, reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text())
+        except (OSError, ValueError):
+            continue
+        return path
+    return None
+
+
+def heal(config: TrainConfig, prepared: dict[str, Any], arguments: Any) -> dict[str, Any]:
+    """Train, and write the weights, gathered, to the work folder. Returns what `train` does."""
+    data = load_file(config.work / DATA)
+    checkpoint = broadcast_object_list([last_checkpoint(config.work)])[0]
+    arguments.eval_on_start = checkpoint is None  # the loss before training is in the checkpoint's log
+    start = prepared["start"] or str(config.work / START)
+    goes_on = checkpoint is not None and (checkpoint / "config.json").is_file()
+    began = time.monotonic()
+    with quiet(), progress("training steps") as bar:
+        model = _model(config, prepared, str(checkpoint) if goes_on else start)
+        parent = load_parent(prepared["parent"], model.dtype, arguments.device) if config.distill else None
+        trainer = Healer(
+            parent, config.distill, config.work / LOG, model=model, args=arguments,
+            train_dataset=list(data["train"]), eval_dataset=list(data["heldout"]), callbacks=[Progress(bar)],
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        after = trainer.evaluate()["eval_loss"]
+        before = next(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
+        if not math.isfinite(after):
+            raise WorkFailed(f"the held-out loss became {after}; nothing was written: lower --learning-rate")
+        trainer.save_model(str(config.work / TRAINED))
+    steps, trainable = trainer.state.global_step, get_model_param_count(trainer.model, trainable_only=True)
+    adapters = trainable if config.method == "lora" else 0
+    return {
+        "output": config.output,
+        "steps": steps,
+        "tokens": steps * config.batch_size * config.accumulation * arguments.world_size * config.length,
+        "loss_before": before,
+        "loss_after": after,
+        "parameters": get_model_param_count(trainer.model) - adapters,
+        "trainable": trainable,
+        "seconds": time.monotonic() - began,
+    }

@@ -1,0 +1,312 @@
+"""Heal a dropped model: a short training, with LoRA or of all weights, that wins back what the drop cost.
+
+    llm-drop train --model zoo:llama --plan plan.json --output healed
+    torchrun --nproc-per-node 8 -m llm_drop.train --config heal-lora.yaml --model dropped --output healed
+    accelerate launch -m llm_drop.train ...        deepspeed --module llm_drop.train ...
+
+The first process loads the model, drops, packs the data and writes all that into a work folder beside the output
+(`healed.training`); then every process loads from there. A killed run goes on from its last checkpoint when the same
+command is given again. With several machines, the output lies on a disk that all of them see.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import os
+import re
+import shutil
+import sys
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import torch
+
+from llm_drop.prepare import LOG, RECORD, START, TRAINED, prepare
+from model_hooks import Card, RequestError
+from paper_tables import tables_folder
+from paper_tables.errors import nearest
+
+METHODS = {"lora": 2e-4, "full": 1e-5}  # with their usual learning rates
+FREE = ("overwrite", "resume", "output", "log_every", "save_every")  # may change when a run goes on
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What to heal, with what, and how.
+
+    Args:
+        model: Hub id, checkpoint folder or zoo:NAME; it may be dropped already.
+        output: Folder for the healed model: an ordinary checkpoint with a model card.
+        plan: Plan file; what it names is dropped before training.
+        method: lora (adapters on every linear layer of attention and MLP, merged at the end) or full (all weights).
+        rank: Rank of the adapters.
+        alpha: Their scale is alpha / rank.
+        keep_adapter: Save the adapter alone, for the model as it was given, instead of merging it.
+        distill: Weight, 0 to 1, of the KL divergence from the parent's predictions; next-token loss has the rest.
+        parent: The undropped model to distill from, if it is not --model (as it is with --plan).
+        data: Text: a file, a hub dataset (owner/name[:config[:split]]) or zoo:PART.
+        samples: Sequences to train on, fewer where the text is shorter.
+        length: Tokens of each; at most the model's context.
+        heldout: Text to measure the loss on; empty: sequences of the data that are kept out of training.
+        heldout_samples: Sequences of it.
+        epochs: Times that the data is seen.
+        max_steps: Optimizer steps; 0: as the epochs say.
+        learning_rate: Peak, after which it falls as a cosine; 0: 2e-4 for lora, 1e-5 for full.
+        warmup: Share of the steps in which the learning rate rises.
+        weight_decay: Of AdamW.
+        batch_size: Sequences a process takes at once.
+        accumulation: Batches whose gradients make one step.
+        gradient_checkpointing: Compute activations again in the backward pass: less memory, a third more time.
+        bf16: Compute in bfloat16.
+        deepspeed: zero2, zero3, zero3-offload, or a DeepSpeed file of your own; empty: none.
+        fsdp: Cut the model over the processes by PyTorch's FSDP2.
+        save_every: Steps between checkpoints.
+        log_every: Steps between lines of training_log.jsonl.
+        seed: Of the adapters and the order of the data.
+        resume: Go on from the last checkpoint of a run that was stopped; --no-resume begins again.
+        overwrite: Replace what is at the output.
+
+    Raises:
+        RequestError: a value is not accepted.
+    """
+
+    model: str
+    output: Path
+    plan: Path | None = None
+    method: str = "lora"
+    rank: int = 16
+    alpha: float = 32.0
+    keep_adapter: bool = False
+    distill: float = 0.0
+    parent: str = ""
+    data: str = "zoo:train"
+    samples: int = 4096
+    length: int = 1024
+    heldout: str = ""
+    heldout_samples: int = 32
+    epochs: float = 1.0
+    max_steps: int = 0
+    learning_rate: float = 0.0
+    warmup: float = 0.03
+    weight_decay: float = 0.0
+    batch_size: int = 1
+    accumulation: int = 16
+    gradient_checkpointing: bool = False
+    bf16: bool = False
+    deepspeed: str = ""
+    fsdp: bool = False
+    save_every: int = 100
+    log_every: int = 10
+    seed: int = 0
+    resume: bool = True
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise RequestError(f"method {self.method!r} is not accepted{nearest(self.method, METHODS)}")
+        for name in ("rank", "samples", "heldout_samples", "batch_size", "accumulation", "save_every", "log_every"):
+            self._at_least(name, 1)
+        self._at_least("length", 2)
+        for name in ("max_steps", "learning_rate", "weight_decay", "warmup"):
+            self._at_least(name, 0)
+        for name in ("alpha", "epochs"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise RequestError(f"{name} is {getattr(self, name)}; a number above 0 is needed")
+        if not (self.distill <= 1 and self.warmup < 1):
+            raise RequestError(f"distill is {self.distill} and warmup {self.warmup}; both are shares of 1")
+        self._at_least("distill", 0)
+        if not self.model or str(self.output) in ("", "."):
+            raise RequestError("model and output must be given: what to heal, and the folder for the result")
+        if self.distill and not (self.parent or self.plan):
+            raise RequestError("distill needs the undropped model: give --parent, or drop with --plan in the same run")
+        if self.keep_adapter and (self.method != "lora" or self.plan):
+            raise RequestError("keep_adapter needs --method lora and a --model that is dropped already (llm-drop drop)")
+        if self.deepspeed and self.fsdp:
+            raise RequestError("deepspeed and fsdp both cut the model; give one of them")
+        if (self.deepspeed or self.fsdp) and "RANK" not in os.environ:
+            raise RequestError("deepspeed and fsdp need a launcher: torchrun --nproc-per-node N -m llm_drop.train ...")
+        if self.fsdp and not torch.accelerator.is_available():
+            raise RequestError(
+                "fsdp: accelerate cuts models over GPUs only, and there is none; --deepspeed zero3 can on CPU"
+            )
+
+    def _at_least(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if not least <= value < math.inf:
+            raise RequestError(f"{name} is {value}; at least {least} is needed")
+
+    @property
+    def work(self) -> Path:
+        """Where the run keeps its data, checkpoints and log until it is done."""
+        return self.output.with_name(f"{self.output.name}.training")
+
+    @property
+    def rate(self) -> float:
+        """The learning rate's peak."""
+        return self.learning_rate or METHODS[self.method]
+
+    @property
+    def undropped(self) -> str:
+        """The parent to distill from; empty without distillation."""
+        return (self.parent or self.model) if self.distill else ""
+
+    @property
+    def deepspeed_file(self) -> str | None:
+        """The DeepSpeed configuration to use: one that ships with the package, or the user's."""
+        if not self.deepspeed:
+            return None
+        tables = tables_folder(__file__)
+        shipped = tables.with_name(tables.name.replace("tables", "configs")) / "deepspeed"
+        names = {file.stem: file for file in shipped.glob("*.json")}
+        path = names.get(self.deepspeed, Path(self.deepspeed))
+        if not path.is_file():
+            raise RequestError(f"deepspeed {self.deepspeed!r} is neither a file nor one of {', '.join(sorted(names))}")
+        return str(path)
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the result: a run goes on only with the same."""
+        values = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items() if k not in FREE}
+        return values | {"processes": int(os.environ.get("WORLD_SIZE", "1"))}
+
+
+def is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Heal as `config` says and write the result; call it in every process of a launcher.
+
+    Returns:
+        output, steps, tokens (trained on), loss_before and loss_after (held-out, nats a token), parameters, trainable
+        (how many of them), seconds.
+
+    Raises:
+        RequestError: the request cannot be met; nothing is written.
+        WorkFailed: the loss is no number any more; the checkpoints are kept, the output is not written.
+    """
+    from model_hooks.files import refuse_existing, refuse_overlap
+    from paper_tables.frame import require
+
+    extras = {"accelerate": True, "peft": config.method == "lora", "deepspeed": bool(config.deepspeed)}
+    for module in (name for name, needed in extras.items() if needed):
+        require(module, extra="train", package="llm-drop")
+    refuse_existing(config.output, config.overwrite)
+    refuse_overlap(config.output, config.model)
+    deepspeed = config.deepspeed_file
+    if is_main_process():
+        prepare(config)
+    from accelerate import PartialState
+
+    from llm_drop import healing
+
+    arguments = healing.arguments(config, deepspeed)  # joins the other processes
+    PartialState().wait_for_everyone()
+    prepared = json.loads((config.work / RECORD).read_text())
+    result = healing.heal(config, prepared, arguments)
+    if is_main_process():
+        _finish(config, prepared, result)
+    PartialState().wait_for_everyone()
+    return result
+
+
+def _finish(config: TrainConfig, prepared: dict[str, Any], result: dict[str, Any]) -> None:
+    """Write the output from the start and the trained weights; one process, whole tensors."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    from model_hooks import load, save
+    from model_hooks.files import atomic_folder, atomic_write
+
+    unset_hf_deepspeed_config()  # else ZeRO-3 would cut what is loaded now
+    dtype = getattr(torch, prepared["dtype"])
+    model, tokenizer = load(prepared["start"] or config.work / START, dtype=dtype)
+    card = _card(config, prepared, result)
+    if config.method == "full":
+        model, _ = load(config.work / TRAINED, dtype=dtype, tokenizer=False)
+    else:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, config.work / TRAINED)
+        if config.keep_adapter:
+            with atomic_folder(config.output, config.overwrite) as part:
+                model.save_pretrained(part)
+                (part / "README.md").write_text(card.markdown(model))
+        else:
+            model = model.merge_and_unload()
+    if not config.keep_adapter:
+        save(model, config.output, tokenizer, card=card, overwrite=config.overwrite, source=config.model)
+    log = (config.work / LOG).read_text()
+    atomic_write(config.output / LOG, log)
+    shutil.rmtree(config.work)
+
+
+def _card(config: TrainConfig, prepared: dict[str, Any], result: dict[str, Any]) -> Card:
+    how = f"LoRA of rank {config.rank}" if config.method == "lora" else "all weights trained"
+    if config.distill:
+        how += f", distilled from {config.undropped}"
+    dropped = f"{prepared['dropped']} dropped, then " if prepared["dropped"] else ""
+    measured = {
+        "held-out loss before training (nats a token)": result["loss_before"],
+        "held-out loss after training (nats a token)": result["loss_after"],
+        "tokens trained on": result["tokens"],
+        "steps": result["steps"],
+    }
+    return Card(
+        config.model,
+        f"llm-drop: {dropped}healed on {config.data} ({how})",
+        "arXiv 2406.15786",
+        measured,
+        config.settings(),
+    )
+
+
+def train_command(**options: Any) -> dict[str, Any]:
+    """Heal a dropped model by a short training: LoRA or all weights, on one device or many."""
+    import typer
+
+    result = train(TrainConfig(**options))
+    if not is_main_process():
+        raise typer.Exit  # the result is printed once
+    return result
+
+
+def _signature() -> inspect.Signature:
+    """The options of the command: the fields of `TrainConfig`, with the help that its manual holds."""
+    import typer
+
+    manual = dict(re.findall(r"^    (\w+): (.*)$", inspect.getdoc(TrainConfig) or "", re.MULTILINE))
+    hints = get_type_hints(TrainConfig)
+    parameters = []
+    for f in fields(TrainConfig):
+        spelled = [f"--{f.name.replace('_', '-')}"]
+        if f.name == "output":
+            spelled.append("-o")
+        elif f.name == "resume":
+            spelled = ["--resume/--no-resume"]
+        option = typer.Option(*spelled, help=manual.get(f.name, ""))
+        default = inspect.Parameter.empty if f.default is MISSING else f.default
+        annotation = Annotated[hints[f.name], option]
+        parameters.append(
+            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        )
+    return inspect.Signature(parameters)
+
+
+train_command.__signature__ = _signature()  # type: ignore[attr-defined]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """`python -m llm_drop.train`, for launchers; the same as the verb `train` of `llm-drop`."""
+    from paper_tables.frame import make_app
+
+    given = sys.argv[1:] if argv is None else argv
+    given = [a for a in given if not a.startswith(("--local_rank=", "--local-rank="))]  # deepspeed adds it
+    app = make_app("llm_drop.train", help="Heal a dropped model.")
+    app.command("train")(train_command)
+    app(["train", *given], prog_name="python -m llm_drop.train")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""A checkpoint as a model whose weights are read from disk, one decoder layer at a time.
+
+Which tensors belong to which layer, and how stored tensors become parameters (experts that are stored singly and held
+fused, renamed prefixes), is answered by transformers' own loading code, so what loads there loads here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .anatomy import Anatomy, _name_of, _stack, anatomy
+from .errors import RequestError
+from .loading import _auto_class, quiet, resolve
+
+
+class LayerStream:
+    """A checkpoint as a model on the meta device, whose layers get their weights from disk while they are used.
+
+    What the decoder holds beside its layers (embeddings, final norm) is resident. The layers and an output head of its
+    own are loaded one at a time. Nothing else (a vision tower, say) is loaded at all.
+
+    Args:
+        source: checkpoint folder, `zoo:NAME`, or hub id (whose files are downloaded first).
+        device: where the weights go.
+        dtype: of the weights; by default what the config says.
+    """
+
+    def __init__(self, source: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None) -> None:
+        from accelerate import init_empty_weights
+        from transformers import AutoConfig
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        self.folder, self.device = _folder(source), device
+        self.files = _files(self.folder)  # tensor name -> file
+        config = AutoConfig.from_pretrained(self.folder)
+        dtype = dtype or getattr(config.get_text_config(decoder=True), "dtype", None) or torch.float32
+        with init_empty_weights(include_buffers=False), quiet():  # buffers such as rotary frequencies are in no file
+            model = _auto_class(str(self.folder), {}).from_config(config, dtype=dtype)
+        self.model: Any = model.eval().requires_grad_(False)
+        for module in self.model.modules():
+            module._buffers.update({n: b.to(device) for n, b in module._buffers.items() if b is not None})
+        self.conversions = get_model_conversion_mapping(self.model)
+        self.names = self._names()
+        stack, self.layers = _stack(self.model)
+        self.lazy = [f"{stack}.{i}" for i in range(len(self.layers))]
+        decoder = stack.rpartition(".")[0]
+        self._load([k for k, n in self.names.items() if n.startswith(f"{decoder}.") and not n.startswith(f"{stack}.")])
+        self.model.tie_weights()
+        head = self.model.get_output_embeddings()
+        if head is not None and head.weight is not self.model.get_input_embeddings().weight:
+            self.lazy.append(_name_of(self.model, head) or "")
+
+    def keys(self, module: str) -> list[str]:
+        """Names, in the files, of the tensors that make up `module`."""
+        return [key for key, name in self.names.items() if name.startswith(f"{module}.")]
+
+    @contextmanager
+    def resident(self, module: str) -> Iterator[nn.Module]:
+        """`module` (its path in the model) with its weights, for as long as the block lasts."""
+        found: nn.Module = self.model.get_submodule(module)
+        try:
+            self._load(self.keys(module))
+            missing = [name for name, p in found.named_parameters() if p.device.type == "meta"]
+            if missing:
+                raise RequestError(f"{self.folder} has no weights for {module}.{missing[0]}; config and weights differ")
+            yield found
+        finally:
+            _unload(found)
+
+    def anatomy(self) -> Anatomy:
+        """The model's anatomy, from one forward pass in which every layer is loaded when it runs."""
+        with ExitStack() as hooks:
+            for name in self.lazy:
+                hooks.enter_context(self._loaded_when_it_runs(name))
+            return anatomy(self.model)
+
+    @contextmanager
+    def _loaded_when_it_runs(self, name: str) -> Iterator[None]:
+        module = self.model.get_submodule(name)
+        with ExitStack() as loaded, ExitStack() as hooks:
+
+            def load(*_: object) -> None:
+                loaded.enter_context(self.resident(name))
+
+            def unload(*_: object) -> None:
+                loaded.close()
+
+            hooks.callback(module.register_forward_pre_hook(load).remove)
+            hooks.callback(module.register_forward_hook(unload).remove)
+            yield
+
+    def stored(self, module: str) -> dict[str, Tensor]:
+        """The weights of a resident module under the names, and in the layout, in which files hold them."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        tensors = {f"{module}.{n}": t for n, t in self.model.get_submodule(module).state_dict().items()}
+        return {name: _alone(tensor) for name, tensor in revert_weight_conversion(self.model, tensors).items()}
+
+    def read(self, keys: list[str]) -> dict[str, Tensor]:
+        """Tensors as the files hold them."""
+        from safetensors import safe_open
+
+        found: dict[str, Tensor] = {}
+        for file in dict.fromkeys(self.files[key] for key in keys):
+            with safe_open(file, framework="pt") as opened:
+                found |= {key: opened.get_tensor(key) for key in keys if self.files[key] == file}
+        return found
+
+    def _names(self) -> dict[str, str]:
+        """Tensor in the files -> parameter of the model that it is, or is a part of (an expert in a fused bank)."""
+        from transformers.core_model_loading import WeightConverter, rename_source_key
+
+        converters = [c for c in self.conversions if isinstance(c, WeightConverter)]
+        renamings = [c for c in self.conversions if not isinstance(c, WeightConverter)]
+        here, prefix = self.model.state_dict(), self.model.base_model_prefix
+        return {key: rename_source_key(key, renamings, converters, prefix, here)[0] for key in self.files}
+
+    def _load(self, keys: list[str]) -> None:
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        how = LoadStateDictConfig(device_map={"": self.device}, weight_mapping=self.conversions)
+        with quiet():
+            info, _ = convert_and_load_state_dict_in_model(self.model, self.read(keys), how, None)
+        if wrong := [*info.mismatched_keys, *info.conversion_errors]:
+            raise RequestError(f"{self.folder}: config and weights do not match at {wrong[0]}; nothing was done")
+
+
+def _folder(source: str | Path) -> Path:
+    """The local folder of `source`; a hub id is downloaded into the hub's cache."""
+    where = Path(resolve(source))
+    if where.is_dir():
+        return where
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(source), ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]))
+    except (OSError, ValueError) as error:
+        raise RequestError(f"cannot load {source}: {str(error).splitlines()[0]}; give a local folder or zoo:NAME") from error
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Tensor name -> the safetensors file that holds it."""
+    from safetensors import safe_open
+
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return {key: folder / name for key, name in json.loads(index.read_text())["weight_map"].items()}
+    found: dict[str, Path] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            found |= dict.fromkeys(opened.keys(), file)
+    if not found:
+        raise RequestError(f"{folder} holds no *.safetensors; only those are read layer by layer: convert it first")
+    return found
+
+
+def _unload(module: nn.Module) -> None:
+    for owner in module.modules():
+        for name, p in owner._parameters.items():
+            if p is not None:
+                owner._parameters[name] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """`tensor` in storage of its own, as safetensors wants it."""
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
