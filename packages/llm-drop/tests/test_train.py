@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -64,7 +63,7 @@ def plan(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def trained(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The models as they were when training ended, before anything was written."""
     models: list[Any] = []
     save = healing.Healer.save_model
@@ -75,7 +74,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
             models.append(self.model)
 
     monkeypatch.setattr(healing.Healer, "save_model", keep)
-    yield models
+    return models
 
 
 def config(tiny: Path, text: Path, output: Path, **changes: Any) -> TrainConfig:
@@ -105,7 +104,7 @@ def test_lora_heals_and_leaves_an_ordinary_dropped_checkpoint(
 ) -> None:
     output = tmp_path / "healed"
     result = train(config(tiny, text, output, plan=plan, rank=4))
-    assert result["loss_after"] < result["loss_before"] - 0.5
+    assert result["loss_after"] < result["loss_before"] - 0.3
     assert result["steps"] == 6
     assert result["tokens"] == 6 * 8 * LENGTH
 
@@ -297,7 +296,8 @@ def test_a_wrong_request_is_one_line_and_writes_nothing(
     said = capsys.readouterr()
     assert stopped.value.code == 2, said
     assert message in said.err
-    assert len([line for line in said.err.splitlines() if line.startswith(("error:", "python -m"))]) == 1
+    assert len([line for line in said.err.splitlines() if message in line]) == 1
+    assert "Traceback" not in said.err
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -77,15 +77,29 @@ FAMILIES: dict[str, Family] = {
     "opt": Family("OPTForCausalLM", "OPTConfig", changes=OPT),
     "cohere": Family("CohereForCausalLM", "CohereConfig", **SHARED),
     "falcon": Family("FalconForCausalLM", "FalconConfig", "parallel", FALCON, ("ln_attn",), ("ln_mlp",)),
-    "falcon_shared": Family("FalconForCausalLM", "FalconConfig", changes=FALCON | {"new_decoder_architecture": False, "multi_query": True}, **SHARED),
+    "falcon_shared": Family(
+        "FalconForCausalLM",
+        "FalconConfig",
+        changes=FALCON | {"new_decoder_architecture": False, "multi_query": True},
+        **SHARED,
+    ),
     "smollm3": Family("SmolLM3ForCausalLM", "SmolLM3Config"),
     "granite": Family("GraniteForCausalLM", "GraniteConfig", changes={"residual_multiplier": 0.25}, scale=0.25),
     "stablelm": Family("StableLmForCausalLM", "StableLmConfig"),
-    "stablelm_parallel": Family("StableLmForCausalLM", "StableLmConfig", changes={"use_parallel_residual": True}, **SHARED),
+    "stablelm_parallel": Family(
+        "StableLmForCausalLM", "StableLmConfig", changes={"use_parallel_residual": True}, **SHARED
+    ),
     "starcoder2": Family("Starcoder2ForCausalLM", "Starcoder2Config", changes=WINDOW),
     "mixtral": Family("MixtralForCausalLM", "MixtralConfig", changes={"num_local_experts": 4}, experts=4),
-    "qwen2_moe": Family("Qwen2MoeForCausalLM", "Qwen2MoeConfig", changes=MOE | {"num_experts": 4, "shared_expert_intermediate_size": 16}, experts=4),
-    "qwen3_moe": Family("Qwen3MoeForCausalLM", "Qwen3MoeConfig", changes=MOE | {"num_experts": 4, "head_dim": 8}, experts=4),
+    "qwen2_moe": Family(
+        "Qwen2MoeForCausalLM",
+        "Qwen2MoeConfig",
+        changes=MOE | {"num_experts": 4, "shared_expert_intermediate_size": 16},
+        experts=4,
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM", "Qwen3MoeConfig", changes=MOE | {"num_experts": 4, "head_dim": 8}, experts=4
+    ),
     "olmoe": Family("OlmoeForCausalLM", "OlmoeConfig", changes={"num_experts": 4, "num_experts_per_tok": 2}, experts=4),
     "deepseek_v2": Family("DeepseekV2ForCausalLM", "DeepseekV2Config", changes=DEEPSEEK, experts=4),
     "deepseek_v3": Family("DeepseekV3ForCausalLM", "DeepseekV3Config", changes=DEEPSEEK, experts=4),
@@ -128,7 +142,10 @@ def ids(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
 
 
-VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "image_size": 16, "patch_size": 8}  # fmt: skip
+VISION = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
+    "image_size": 16, "patch_size": 8,
+}  # fmt: skip
 QWEN_VISION = {"depth": LAYERS, "embed_dim": 32, "hidden_size": HIDDEN, "num_heads": 4, "patch_size": 8}
 
 

@@ -33,8 +33,10 @@ def test_layout_norms_and_sublayers(name: str) -> None:
         assert hasattr(attention.module, "layer_idx")
         assert norms(block.module, attention) == family.attention
         assert norms(block.module, mlp) == family.mlp
-        assert tuple(n for n in attention.shared if "norm" in n) == family.shared == tuple(
-            n for n in mlp.shared if "norm" in n
+        assert (
+            tuple(n for n in attention.shared if "norm" in n)
+            == family.shared
+            == tuple(n for n in mlp.shared if "norm" in n)
         )
         assert attention.scale == mlp.scale == family.scale
         assert model.get_submodule(f"{block.name}.{attention.name}") is attention.module
@@ -109,7 +111,7 @@ def test_the_text_form_names_each_block() -> None:
     assert "attention self_attn(input_layernorm+post_attention_layernorm)" in text
 
 
-HYBRID = {"num_hidden_layers": 4, "mamba_d_state": 4, "use_mamba_kernels": False}
+HYBRID = {"mamba_d_state": 4, "use_mamba_kernels": False, "attn_layer_period": 2, "attn_layer_offset": 1}
 GEMMA4 = {"head_dim": 8, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2,
           "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": VOCAB, "sliding_window": 8}  # fmt: skip
 GEMMA3N = GEMMA4 | {"hidden_size_per_layer_input": 8, "laurel_rank": 4, "intermediate_size": 48,
@@ -122,7 +124,7 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "bart": ("BartForConditionalGeneration", "BartConfig", BART, "encoder-decoder"),
     "mamba": ("MambaForCausalLM", "MambaConfig", SMALL, "mixer \\(MambaMixer\\)"),
     "rwkv": ("RwkvForCausalLM", "RwkvConfig", SMALL | {"attention_hidden_size": 32}, "RwkvSelfAttention"),
-    "jamba": ("JambaForCausalLM", "JambaConfig", SMALL | HYBRID | {"attn_layer_period": 2, "attn_layer_offset": 1}, "Mamba"),
+    "jamba": ("JambaForCausalLM", "JambaConfig", SMALL | HYBRID, "Mamba"),
     "recurrent_gemma": ("RecurrentGemmaForCausalLM", "RecurrentGemmaConfig", SMALL, "RecurrentBlock"),
     "gemma3n": ("Gemma3nForCausalLM", "Gemma3nTextConfig", SMALL | GEMMA3N, "block"),
     "gemma4": ("Gemma4ForCausalLM", "Gemma4TextConfig", SMALL | GEMMA4, "write the KV cache, 0 did"),

@@ -190,7 +190,7 @@ def test_every_way_to_hand_over_a_cache() -> None:
 def test_a_cache_that_another_model_filled_is_refused() -> None:
     past = DynamicCache(config=parent("llama").config)
     parent("llama")(input_ids=ids(1, 5), past_key_values=past)
-    with pytest.raises(RequestError, match="holds keys for layer 0, which has no attention: .* pass a fresh cache"):
+    with pytest.raises(RequestError, match=r"holds keys for layer 0, which has no attention: .* pass a fresh cache"):
         dropped("llama", "first")(input_ids=ids(1, 5), past_key_values=past)
 
 

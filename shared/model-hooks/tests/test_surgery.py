@@ -92,7 +92,9 @@ def test_the_language_model_of_a_vlm(name: str) -> None:
     assert torch.equal(greedy(dropped, tokens), greedy(dropped, tokens, use_cache=False))
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "olmo3", "qwen3", "smollm3", "gpt2", "opt", "deepseek_v2", "mixtral"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gemma3", "olmo3", "qwen3", "smollm3", "gpt2", "opt", "deepseek_v2", "mixtral"]
+)
 def test_whole_blocks_leave_a_stock_model(name: str) -> None:
     gone, tokens = [0, 2], ids(2, 9)
     want = logits(zeroed(build(name), attention=gone, mlp=gone), tokens)
@@ -153,11 +155,15 @@ sublayers = st.lists(st.sampled_from([(k, i) for k in ("attention", "mlp") for i
 
 
 @settings(max_examples=20)
-@given(order=sublayers.filter(lambda s: 0 < len(s) and len({i for k, i in s if k == "attention"}) < LAYERS), data=st.data())
+@given(
+    order=sublayers.filter(lambda s: len(s) > 0 and len({i for k, i in s if k == "attention"}) < LAYERS), data=st.data()
+)
 def test_successive_drops_compose_in_original_indices(order: list[tuple[str, int]], data: Any) -> None:
     steps = data.draw(st.lists(st.integers(0, 2), min_size=len(order), max_size=len(order)))
     at_once: Plan = {k: [i for kind, i in order if kind == k] for k in ("attention", "mlp")}
-    parts = [{k: [i for (kind, i), s in zip(order, steps) if kind == k and s == step] for k in at_once} for step in range(3)]
+    parts = [
+        {k: [i for (kind, i), s in zip(order, steps) if kind == k and s == step] for k in at_once} for step in range(3)
+    ]
     one = drop(build("llama"), **at_once)
     many = functools.reduce(lambda model, plan: drop(model, **plan), parts, build("llama"))
     assert anatomy(one).original_index == anatomy(many).original_index

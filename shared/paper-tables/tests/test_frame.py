@@ -92,6 +92,17 @@ def test_json_alone_is_on_stdout(call):
     assert done.stderr == "on the way\n"
 
 
+@pytest.mark.parametrize("option", ["--quiet", "-q"])
+def test_quiet_turns_the_bars_off_for_this_command_alone(call, monkeypatch, option):
+    from paper_tables import frame
+
+    asked = []
+    monkeypatch.setattr(frame, "set_quiet", asked.append)
+    assert call("score", "a", option).exit_code == 0
+    assert call("score", "a").exit_code == 0
+    assert asked == [True, False]
+
+
 def test_a_file_gives_options_and_the_line_goes_before_it(call, tmp_path):
     config = tmp_path / "c.yaml"
     config.write_text("model: zoo:gpt2\nsamples: 8\npart: [x, y]\nfast: true\noutput:\njson: true\n")

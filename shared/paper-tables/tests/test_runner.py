@@ -67,6 +67,8 @@ def test_a_run_measures_everything_once(measure, tmp_path):
     assert list(units) == ALL
     assert units["attention-2#0"]["values"]["accuracy"] == {"value": pytest.approx(60 - 4 + 0.2 * 0.909297), "se": 2.5}
     assert len(units["baseline#0"]["artefacts"]["similarity"]) == 16
+    machine = read(tmp_path)["machines"][units["baseline#0"]["machine"]]
+    assert {"cpu", "cores", "python"} <= set(machine) <= {"cpu", "cores", "gpu", "python", "torch", "transformers"}
     asked, summary = measure()
     assert (asked, summary.measured, summary.cached) == ([], 0, 5)
     assert measure(force=True)[0] == ALL

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import demo
 import pytest
@@ -31,6 +32,14 @@ def test_the_demo_is_read_as_written(read):
     assert table.scales["paper"].settings["layers"] == 80  # a scale's setting goes before the table's
     assert table.scales["paper"].seeds == (0,)
     assert table.inputs == ("model", "data")
+
+
+def test_the_example_of_the_readme_is_a_table(read):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    table = read(re.search(r"```yaml\n(.*?)```", readme, re.DOTALL)[1])
+    assert len(table.claims) == len(table.plots) == 3
+    assert list(table.all_rows())[-1] == "llama-2-70b"
+    assert "attention-8" in table.all_rows()
 
 
 def test_a_unit_is_a_row_with_a_seed_and_knows_all_that_decides_it(read):

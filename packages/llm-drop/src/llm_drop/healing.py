@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_zero3_enabled
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import get_model_param_count
+from transformers.utils import CONFIG_NAME
 
 from llm_drop.prepare import DATA, LOG, START, TRAINED
 from model_hooks.loading import quiet
@@ -93,6 +94,11 @@ class Healer(Trainer):
                 parent_logits = self.parent(input_ids=ids, use_cache=False).logits
         loss = healing_loss(logits, ids, parent_logits, self.weight)
         return (loss, {}) if return_outputs else loss
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load adapters. A whole model was built from the checkpoint, whose config Trainer's own way could not read."""
+        if not (Path(resume_from_checkpoint) / CONFIG_NAME).is_file():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
 
 class _Log(TrainerCallback):
@@ -208,7 +214,7 @@ def heal(config: TrainConfig, prepared: dict[str, Any], arguments: Any) -> dict[
     checkpoint = broadcast_object_list([last_checkpoint(config.work)])[0]
     arguments.eval_on_start = checkpoint is None  # the loss before training is in the checkpoint's log
     start = prepared["start"] or str(config.work / START)
-    goes_on = checkpoint is not None and (checkpoint / "config.json").is_file()
+    goes_on = checkpoint is not None and (checkpoint / CONFIG_NAME).is_file()
     began = time.monotonic()
     with quiet(), progress("training steps") as bar:
         model = _model(config, prepared, str(checkpoint) if goes_on else start)

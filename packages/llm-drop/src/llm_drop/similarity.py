@@ -102,7 +102,7 @@ class ResidualSimilarity(ResidualWatcher):
         return torch.zeros(self.groups, dtype=torch.float64, device=values.device).index_add_(0, group, values.double())
 
     def _real_tokens(self, stream: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """The stream's real tokens [N, H] and their sizes |x| [N], in float32; one unit's output is the next's input."""
+        """Real tokens [N, H] and their sizes |x| [N], in float32; kept, as one unit's output is the next's input."""
         for seen, tokens, size in self._recent:
             if seen is stream:
                 return tokens, size

@@ -10,17 +10,19 @@ measured of the result. Every parameter:
     objective                          cosine (default) or norm
     repair                             leave the mean changes of what was dropped behind
     bits, group                        then round the weights to so many bits
-    heal, steps, heal_data             then train: lora or full (llm_drop.train)
+    heal, steps, heal_batch, heal_data, learning_rates    then train instead: lora or full (llm_drop.train)
     text, documents, characters        held-out text for bits per byte
     tasks, shots, limit                lm-eval tasks
-    figures                            language, tasks, cost, speed, choice, similarity
+    reference                          the calibration that `choice` compares with
+    figures                            language, tasks, kept, cost, speed, choice, similarity
 """
 
 from __future__ import annotations
 
-import copy
 import random
+import tempfile
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from llm_drop.plan import Plan
@@ -135,26 +137,36 @@ def _iterative_plan(cell: Cell, context: Context, step: dict[str, int], rounds: 
 
 
 def _dropped(cell: Cell, context: Context, parent: Any, plan: Plan | None) -> Any:
-    """The row's model: dropped, repaired, quantised and healed as the row says; the parent stays as it is."""
-    from llm_drop.rtn import quantise
-
-    heal, bits = cell.get("heal", "none"), cell.get("bits", 16)
-    model = copy.deepcopy(parent) if heal == "full" else sharing_copy(parent)
+    """The row's model: dropped, repaired, quantised or healed as the row says; the parent stays as it is."""
+    if cell.get("heal", "none") != "none":
+        return _healed(cell, plan)
+    model = sharing_copy(parent)
     if plan is not None:
         apply(model, plan, repair=scores_of_cell(cell, context) if cell.get("repair") else None, check=False)
-    if bits < 16:
-        quantise(model, bits, cell.get("group", 32))
-    return model if heal == "none" else _healed(cell, context, model)
+    if cell.get("bits", 16) < 16:
+        from llm_drop.rtn import quantise
+
+        quantise(model, cell["bits"], cell.get("group", 32))
+    return model
 
 
-def _healed(cell: Cell, context: Context, model: Any) -> Any:
-    from llm_drop.train import heal
+def _healed(cell: Cell, plan: Plan | None) -> Any:
+    """The model as `llm-drop train` leaves it: through its files, as a user would."""
+    from llm_drop.train import TrainConfig, train
 
-    _, tokenizer = context.latest("parent", _parent_key(cell), lambda: _load(cell))
-    return heal(
-        model, tokenizer, data=cell["heal_data"], method=cell["heal"], steps=cell["steps"], length=cell["length"],
-        seed=cell["seed"],
-    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as room:
+        file = plan.save(Path(room) / "plan.json") if plan is not None else None
+        train(
+            TrainConfig(
+                model=cell["model"], plan=file, output=Path(room) / "healed", method=cell["heal"], data=cell["heal_data"],
+                samples=cell["steps"] * cell["heal_batch"], length=cell["length"], max_steps=cell["steps"],
+                batch_size=cell["heal_batch"], accumulation=cell.get("accumulation", 1), seed=cell["seed"],
+                learning_rate=cell.get("learning_rates", {}).get(cell["heal"], 0.0), heldout=cell["calibration"],
+                heldout_samples=4, bf16=cell.get("dtype") == "bfloat16",
+            )
+        )  # fmt: skip
+        model, _ = _load({**cell, "model": str(Path(room) / "healed"), "revision": None})
+    return model
 
 
 def _language(cell: Cell, context: Context, model: Any, plan: Plan | None) -> dict[str, Any]:
@@ -173,13 +185,15 @@ def _tasks(cell: Cell, context: Context, model: Any, plan: Plan | None) -> dict[
     from llm_drop.eval import accuracies
 
     _, tokenizer = context.latest("parent", _parent_key(cell), lambda: _load(cell))
-    shots = cell.get("shots") or {}
-    found: dict[str, dict[str, float]] = {}
-    for task in cell["tasks"]:
-        found |= accuracies(
-            model, tokenizer, [task], limit=cell.get("limit"), shots=shots.get(task),
-            batch_size=cell.get("batch_size", 8),
-        )  # fmt: skip
+    shots, limit, batch = cell.get("shots") or {}, cell.get("limit"), cell.get("batch_size", 8)
+
+    def measure() -> dict[str, dict[str, float]]:
+        found: dict[str, dict[str, float]] = {}
+        for task in cell["tasks"]:
+            found |= accuracies(model, tokenizer, [task], limit=limit, shots=shots.get(task), batch_size=batch)
+        return found
+
+    found = _once_per_model(cell, context, plan, ("tasks", tuple(cell["tasks"]), limit), measure)
     percent = {task: {k: 100 * v for k, v in figure.items()} for task, figure in found.items()}
     mean = sum(f["value"] for f in percent.values()) / len(percent)
     error = sum(f.get("se", 0.0) ** 2 for f in percent.values()) ** 0.5 / len(percent)
@@ -221,12 +235,23 @@ def _speed(cell: Cell, context: Context, model: Any, plan: Plan | None) -> dict[
     return {"prefill": found["prefill"].figure, "decode": found["decode"].figure}
 
 
+def _kept(cell: Cell, context: Context, model: Any, plan: Plan | None) -> dict[str, Any]:
+    """Mean accuracy as a share of the undropped model's, in percent."""
+    parent, _ = context.latest("parent", _parent_key(cell), lambda: _load(cell))
+    own = _tasks(cell, context, model, plan)["accuracy"]
+    whole = _tasks({**cell, "heal": "none", "bits": 16, "repair": False}, context, parent, None)["accuracy"]
+    ratio = own["value"] / whole["value"]
+    relative = ((own["se"] / own["value"]) ** 2 + (whole["se"] / whole["value"]) ** 2) ** 0.5 if own["value"] else 0.0
+    return {"kept": {"value": 100 * ratio, "se": 100 * ratio * relative}}
+
+
 def _choice(cell: Cell, context: Context, model: Any, plan: Plan | None) -> dict[str, Any]:
-    """How much of what the reference calibration (the table's first row) chooses, this one chooses too."""
+    """How much of what the reference calibration chooses this one chooses too."""
+    plain = {"selection": "discrete", "objective": "cosine", "seed": 0, **cell["reference"]}
+    reference = plan_of_cell({**cell, **plain}, context)
     assert plan is not None
-    reference = {**cell, **cell["reference"], "seed": 0}
-    chosen, wanted = set(plan.units), set(plan_of_cell(reference, context).units)  # type: ignore[union-attr]
-    return {"overlap": 100 * len(chosen & wanted) / len(wanted)}
+    assert reference is not None
+    return {"overlap": 100 * len(set(plan.units) & set(reference.units)) / len(reference.units)}
 
 
 def _similarity(cell: Cell, context: Context, model: Any, plan: Plan | None) -> dict[str, Any]:
@@ -239,7 +264,7 @@ def _similarity(cell: Cell, context: Context, model: Any, plan: Plan | None) -> 
 
 
 FIGURES: dict[str, Callable[[Cell, Context, Any, Plan | None], dict[str, Any]]] = {
-    "language": _language, "tasks": _tasks, "cost": _cost, "speed": _speed, "choice": _choice,
+    "language": _language, "tasks": _tasks, "kept": _kept, "cost": _cost, "speed": _speed, "choice": _choice,
     "similarity": _similarity,
 }  # fmt: skip
 

@@ -144,7 +144,7 @@ def anatomy(model: Any) -> Anatomy:
         stack_name=stack_name,
         blocks=blocks,
         embeddings=_name_of(model, model.get_input_embeddings()) or "",
-        final_norm=next((f"{decoder_name}.{c.name}" for c in top.calls if c.input is traces[-1].y), None),
+        final_norm=next((f"{decoder_name}.{c.name}" for c in top.calls if _same(c.input, traces[-1].y)), None),
         head=_name_of(model, model.get_output_embeddings()),
         vision_tower=vision_tower,
         connector=connector,
@@ -184,11 +184,11 @@ def _read_block(
     mlp, first_half = _mlp_call(model, where, t, attention)
     a_source, _, a_pre = _before(attention, t)
     m_source, m_value, m_pre = _before(mlp, t, first_half)
-    if a_source is not t.x:
+    if not _same(a_source, t.x):
         raise refuse(model, f"{where}: {attention.name} does not read the block's input")
     a_post, delta_a = _after(attention, t)
     m_post, delta_m = _after(mlp, t)
-    parallel = m_source is t.x
+    parallel = m_source is a_source
     if parallel:
         scales = _fit(module, t.y, t.x_value, delta_a + delta_m)
         scale_a = scale_m = scales
@@ -196,6 +196,9 @@ def _read_block(
         scale_a = _fit(module, m_value, t.x_value, delta_a)
         scale_m = _fit(module, t.y, m_value, delta_m)
     if scale_a is None or scale_m is None:
+        overflow = next((c.name for c in t.calls if not bool(c.output_value.isfinite().all())), None)
+        if overflow:
+            raise refuse(model, f"{where}: {overflow} gives numbers that are not finite in {t.y.dtype}: try float32")
         raise refuse(model, f"{where} is not x + {attention.name}(...) and + {mlp.name}(...) around a residual stream")
     norms_before, norms_after = _weighted(module, a_pre), _weighted(module, a_post)
     layout: Layout = (
@@ -245,7 +248,9 @@ def _mlp_call(model: Any, where: str, t: BlockTrace, attention: Call) -> tuple[C
     others = [c for c in t.calls if c is not attention and not c.elementwise]
     *first_half, last = others or [attention]
     walked = _walk_back(last, t, first_half)
-    whole = last.output.numel() == attention.output.numel() == walked[0].input.numel() and set(first_half) <= set(walked)
+    whole = last.output.numel() == attention.output.numel() == walked[0].input.numel() and set(first_half) <= set(
+        walked
+    )
     if last is attention or not whole:
         names = ", ".join(f"{c.name} ({type(c.module).__name__})" for c in others) or "none"
         raise refuse(model, f"{where}: expected one feed-forward module beside {attention.name}, found {names}")
@@ -277,6 +282,11 @@ def _after(call: Call, t: BlockTrace) -> tuple[tuple[str, ...], Tensor]:
     return tuple(names), value
 
 
+def _same(a: Tensor, b: Tensor | None) -> bool:
+    """`a` is the tensor `b`, or its copy on another device (in a model spread over several)."""
+    return a is b or (b is not None and a.device != b.device and torch.equal(a.cpu(), b.cpu()))
+
+
 def _weighted(block: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
     """Norms: elementwise children that are not dropouts."""
     return tuple(n for n in names if not isinstance(block.get_submodule(n), (nn.Dropout, nn.Identity)))
@@ -285,6 +295,7 @@ def _weighted(block: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
 def _fit(block: nn.Module, y: Tensor, x: Tensor, delta: Tensor) -> float | None:
     """The scale with which `y = x + scale * delta` holds: 1, or a float the block owns; None if there is none."""
     own = (v for v in vars(block).values() if isinstance(v, float))
+    x, delta = x.to(y.device), delta.to(y.device)
     for scale in (1.0, *own):
         expected = x.double() + scale * delta.double().reshape(x.shape)
         bound = 16 * torch.finfo(y.dtype).eps * max(float(expected.abs().max()), float(x.abs().max()))

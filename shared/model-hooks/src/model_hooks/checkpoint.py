@@ -106,21 +106,30 @@ def _check_structure(model: Any, folder: Path) -> None:
         raise RuntimeError(f"the saved config does not describe the model: {len(wrong)} tensors differ, {wrong[:3]}")
 
 
-
 @torch.no_grad()
 def _check_logits(model: Any, folder: Path) -> None:
-    from .trace import small_input
+    from .trace import eval_mode, small_input
 
     ids = small_input(model)
     again, _ = load(folder, dtype=model.dtype, device_map=getattr(model, "hf_device_map", None), tokenizer=False)
     again = again if hasattr(again, "hf_device_map") else again.to(ids.device)
-    training = model.training
-    model.eval()
-    try:
+    _cast_buffers_alike(model, again)
+    with eval_mode(model):
         want = model(input_ids=ids, use_cache=False).logits
-    finally:
-        model.train(training)
     got = again(input_ids=ids, use_cache=False).logits
     if not torch.equal(want, got):
         error = float((want - got).abs().max())
         raise RuntimeError(f"the saved checkpoint reads back with other logits (off by {error:.2e}); nothing was kept")
+
+
+def _cast_buffers_alike(model: Any, again: Any) -> None:
+    """`model.to(bfloat16)` casts buffers that no checkpoint holds (rotary frequencies); a reload has them in float32.
+
+    Where the cast is all that differs, `again` gets it too, so that what is compared is what was saved.
+    """
+    ours = dict(model.named_buffers())
+    for name, buffer in list(again.named_buffers()):
+        mine = ours.get(name)
+        if mine is not None and mine.dtype != buffer.dtype and torch.equal(buffer.to(mine), mine):
+            path, _, leaf = name.rpartition(".")
+            again.get_submodule(path).register_buffer(leaf, mine.clone(), persistent=False)

@@ -54,9 +54,7 @@ def refuse_overlap(folder: str | Path, source: str | Path) -> None:
 
 
 @contextmanager
-def atomic_folder(
-    folder: str | Path, overwrite: bool = False, source: str | Path | None = None
-) -> Iterator[Path]:
+def atomic_folder(folder: str | Path, overwrite: bool = False, source: str | Path | None = None) -> Iterator[Path]:
     """A temporary folder beside `folder` that takes its place when the block ends well, and vanishes when not.
 
     Raises `RequestError` if `folder` exists (unless `overwrite`) or is, holds or lies in `source`.

@@ -105,19 +105,15 @@ def self_check(model: Any) -> None:
     """Two tokens, then two more through the cache, must equal four at once. Raises RuntimeError where they do not."""
     import transformers
 
-    from .trace import small_input
+    from .trace import eval_mode, small_input
 
     ids = small_input(model)[:, :4]
-    training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         whole = model(input_ids=ids, use_cache=False).logits[:, 2:]
         first = model(input_ids=ids[:, :2], use_cache=True)
         cache = first.past_key_values
         length = cache.get_seq_length()
         parts = model(input_ids=ids[:, 2:], past_key_values=cache, use_cache=True).logits
-    finally:
-        model.train(training)
     exact = whole.dtype in (torch.float32, torch.float64)
     error = float((whole - parts).abs().max() / whole.abs().max().clamp_min(1e-30))
     if length != 2 or (exact and error > 1e-3):

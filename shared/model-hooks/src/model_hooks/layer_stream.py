@@ -143,7 +143,9 @@ def _folder(source: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(source), ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]))
     except (OSError, ValueError) as error:
-        raise RequestError(f"cannot load {source}: {str(error).splitlines()[0]}; give a local folder or zoo:NAME") from error
+        raise RequestError(
+            f"cannot load {source}: {str(error).splitlines()[0]}; give a local folder or zoo:NAME"
+        ) from error
 
 
 def _files(folder: Path) -> dict[str, Path]:

@@ -8,6 +8,7 @@ RAM, which is fast, or in a memory-mapped file (`buffer`), which costs a write a
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -23,8 +24,8 @@ from .errors import RequestError
 from .files import atomic_folder
 from .layer_stream import LayerStream
 from .lean import _pack
-from .trace import first_tensor, unpack
-from .watch import Hooks, Progress, ResidualWatcher, as_it_was, check_data, own_share, reduce_sums
+from .trace import eval_mode, first_tensor, unpack
+from .watch import Hooks, Progress, ResidualWatcher, check_data, own_share, reduce_sums
 
 NOT_COPIED = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".md")
 
@@ -53,7 +54,7 @@ def watch_layerwise(
     mask = check_data(stream.model, sequences, attention_mask)
     parts = stream.anatomy()
     share = own_share(len(sequences))
-    with torch.no_grad(), as_it_was(stream.model), ExitStack() as stack:
+    with torch.no_grad(), eval_mode(stream.model), ExitStack() as stack:
         carry = _Carry(stack, (len(share), sequences.shape[1]), buffer)
         for block in parts.blocks:
             with stream.resident(block.name), Hooks((block,), parts, watcher) as hooks, carry.only(block, parts):
@@ -64,6 +65,17 @@ def watch_layerwise(
                 progress(block.index + 1, len(parts.blocks))
     reduce_sums(watcher)
     return parts
+
+
+def _pass_on(returns: int) -> Callable[..., Any]:
+    """A forward that gives back the hidden states that it gets."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        hidden_states = first_tensor(args, kwargs)
+        assert hidden_states is not None
+        return _pack(hidden_states, returns)
+
+    return forward
 
 
 class _Carry:
@@ -81,7 +93,7 @@ class _Carry:
         first = block.index == 0
         with ExitStack() as undo:
             for other in others:
-                other.module.forward = lambda *args, n=other.returns, **kwargs: _pack(first_tensor(args, kwargs), n)
+                other.module.forward = _pass_on(other.returns)
                 undo.callback(other.module.__dict__.pop, "forward")
             if not first:
                 before = block.module.register_forward_pre_hook(self.give, with_kwargs=True, prepend=True)
@@ -109,9 +121,10 @@ class _Carry:
         if self.buffer is None:
             return torch.empty(shape, dtype=dtype)
         self.buffer.mkdir(parents=True, exist_ok=True)
-        file = self.stack.enter_context(tempfile.NamedTemporaryFile(dir=self.buffer, suffix=".states"))
-        size = torch.Size(shape).numel()
-        return torch.from_file(file.name, shared=True, size=size, dtype=dtype).view(shape)
+        handle, name = tempfile.mkstemp(".states", dir=self.buffer)
+        os.close(handle)
+        self.stack.callback(os.unlink, name)
+        return torch.from_file(name, shared=True, size=torch.Size(shape).numel(), dtype=dtype).view(shape)
 
 
 def map_layers(
@@ -164,7 +177,7 @@ class _Shards:
         save_file(tensors, self.folder / f"{len(self.shards)}.part", metadata={"format": "pt"})
 
     def finish(self) -> None:
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, names in enumerate(self.shards, 1):
             file = f"model-{number:05d}-of-{len(self.shards):05d}.safetensors"
             (self.folder / f"{number}.part").rename(self.folder / file)

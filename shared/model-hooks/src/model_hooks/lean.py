@@ -2,14 +2,15 @@
 
 `lean` in a checkpoint's config.json says what was done (`edits`); `LeanLlamaConfig` and `LeanLlamaForCausalLM` (made on
 demand from any stock pair) build the stock model and apply those edits, so that `from_pretrained`, `save_pretrained`,
-`generate`, Trainer and PEFT work as on any model. The model type is `lean_<base>`, which the Auto classes refuse without
-`import model_hooks`. The stock class itself (`LlamaForCausalLM.from_pretrained`) would only warn about the type and fill
-dropped layers with random weights; so config.json also holds a fuse that no stock configuration accepts.
+`generate`, Trainer and PEFT work as on any model. The model type is `lean_<base>`, which the Auto classes refuse
+without `import model_hooks`. The stock class itself (`LlamaForCausalLM.from_pretrained`) would only warn about the type
+and fill dropped layers with random weights; so config.json also holds a fuse that no stock configuration accepts.
 """
 
 from __future__ import annotations
 
 from functools import cache
+from types import MethodType
 from typing import Any
 
 import torch
@@ -22,8 +23,8 @@ from .trace import first_tensor
 PREFIX = "lean_"
 VERSION = 1  # of the `lean` section
 
-# An integer in every stock configuration, which transformers checks and nothing reads. The error that a stock class raises
-# shows the value, so the value says what to do.
+# An integer in every stock configuration, which transformers checks and no decoder reads. The error that a stock class
+# raises shows the value, so the value says what to do.
 FUSE = ("chunk_size_feed_forward", "import model_hooks and load with AutoModelForCausalLM: layers were dropped")
 
 
@@ -67,15 +68,15 @@ def attention_free_class(base: type[nn.Module]) -> type[nn.Module]:
     return type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__, "lean_base": base})
 
 
-def apply_edit(block: nn.Module, edit: dict[str, Any], bias: Tensor | None) -> None:
+def apply_edit(block: Any, edit: dict[str, Any], bias: Tensor | None) -> None:
     """Take the sublayer that `edit` names out of `block`, in place; `bias` [hidden_size] takes its place if given."""
     if edit["kept"]["kind"] == "mlp":
         for name in (edit["name"], *edit["norms"]):
             delattr(block, name)
-        hook = getattr(block, "_hf_hook", None)  # accelerate's, of a model spread over devices, holds the old forward
-        if hook is not None:
-            remove_hook_from_module(block)
-        block.__class__ = attention_free_class(type(block))
+        stock: Any = type(block)
+        block.__class__ = attention_free_class(stock)
+        if "_old_forward" in vars(block):  # what accelerate's hooks call in a model spread over devices
+            block._old_forward = MethodType(type(block).forward, block)
         block.lean_edit = edit
         block.register_parameter("lean_bias", None if bias is None else nn.Parameter(bias))
         return
@@ -89,7 +90,8 @@ def apply_lean(model: Any) -> None:
     lean = model.config.lean
     if lean["version"] != VERSION:
         raise RequestError(
-            f"this checkpoint's lean section has version {lean['version']}, this model_hooks reads {VERSION}: upgrade it"
+            f"this checkpoint's lean section has version {lean['version']}, this model_hooks reads {VERSION}: "
+            "upgrade it"
         )
     stack = model.get_submodule(lean["stack"])
     weight = model.get_input_embeddings().weight
@@ -114,7 +116,7 @@ def lean_config_class(base: type) -> Any:
     def to_diff_dict(self: Any) -> dict[str, Any]:  # what is written to config.json
         return {**base.to_diff_dict(self), name: value}  # type: ignore[attr-defined]
 
-    def from_dict(cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+    def from_dict(cls: Any, config_dict: dict[str, Any], /, **kwargs: Any) -> Any:
         known = {k: v for k, v in config_dict.items() if (k, v) != FUSE}
         return base.from_dict.__func__(cls, known, **kwargs)  # type: ignore[attr-defined]
 
@@ -172,21 +174,22 @@ def make_lean_classes(base_model_type: str) -> Any:
 
 
 def register() -> None:
-    """Let the Auto classes resolve `lean_<base>` for every base type that transformers knows. Cheap: nothing is built."""
+    """Let the Auto classes resolve `lean_<base>` for every base type that transformers knows; nothing is built."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
     for base in CONFIG_MAPPING_NAMES:
         name = PREFIX + base
         if name not in CONFIG_MAPPING:
-            CONFIG_MAPPING.register(name, type(name, (_LazyLeanConfig,), {"model_type": name}))  # type: ignore[arg-type]
+            CONFIG_MAPPING.register(name, type(name, (_LazyLeanConfig,), {"model_type": name}))
 
 
 def become_lean(model: Any) -> None:
     """Turn a stock model object, edited in place, into its lean class: `save_pretrained` then writes the truth."""
-    if not hasattr(type(model), "lean_base"):
+    stock: Any = type(model)
+    if not hasattr(stock, "lean_base"):
         make_lean_classes(model.config.model_type)
-        model.config.__class__ = lean_config_class(type(model.config))
-        model.__class__ = lean_model_class(type(model))
+        model.config.__class__ = lean_config_class(model.config.__class__)
+        model.__class__ = lean_model_class(stock)
     model.config.architectures = [type(model).__name__]
     install_cache_rules(model)
 

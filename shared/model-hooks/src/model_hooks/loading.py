@@ -147,6 +147,8 @@ def _explain(source: str | Path, error: Exception) -> RequestError:
         reason = "config and weights do not match: some tensors have other shapes than the config says"
     elif "does not appear to have" in lines[0] or "connect" in str(error) or "offline" in str(error).lower():
         reason = "not found on the hub, or the hub cannot be reached; give a local folder or zoo:NAME"
+    elif "backend tokenizer" in lines[0]:
+        reason = "it holds no tokenizer; copy the base model's tokenizer files into it, or load with tokenizer=False"
     else:
         reason = lines[0]
     return RequestError(f"cannot load {source}: {reason}")

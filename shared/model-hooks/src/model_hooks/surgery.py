@@ -17,7 +17,13 @@ from .loading import quiet
 
 Bias = Mapping[tuple[Kind, int], Tensor]
 
-PER_LAYER = ("layer", "attention", "expert", "moe", "types")  # in the names of settings that are a list with one entry a block
+PER_LAYER = (
+    "layer",
+    "attention",
+    "expert",
+    "moe",
+    "types",
+)  # in the names of settings that are a list with one entry a block
 INDEX_LISTS = ("mlp_only_layers", "moe_layers")  # settings that are a list of block numbers
 NOT_SETTINGS = ("layer_idx", "training", "gradient_checkpointing", "_is_hf_initialized")
 
@@ -87,7 +93,9 @@ def _refuse_bad_bias(a: Anatomy, plan: dict[str, list[int]], bias: dict[tuple[Ki
         if index not in plan.get(kind, ()):
             raise RequestError(f"bias given for {kind} {index}, which is not dropped")
         if vector.shape != (width,) or not bool(torch.isfinite(vector).all()):
-            raise RequestError(f"bias of {kind} {index} must be {width} finite numbers, got shape {tuple(vector.shape)}")
+            raise RequestError(
+                f"bias of {kind} {index} must be {width} finite numbers, got shape {tuple(vector.shape)}"
+            )
 
 
 def _edits(
@@ -141,8 +149,9 @@ def _constant(
     if vector is None:
         return None
     like = next(p for p in block.parameters() if p.is_floating_point())
+    device = getattr(getattr(block, "_hf_hook", None), "execution_device", None)  # where weights are offloaded
     scale = 1.0 if kind == "attention" else edit["drops_scale"]  # the block scales what its feed-forward returns
-    return (vector.detach() / scale).to(like)
+    return (vector.detach() / scale).to(dtype=like.dtype, device=like.device if device is None else device)
 
 
 def _lean_section(a: Anatomy, removed: list[int], edits: list[dict[str, Any]]) -> dict[str, Any]:
@@ -207,10 +216,10 @@ def _refuse_unlike(a: Anatomy, kept: list[int], values: dict[str, Any]) -> None:
         stack = base(config).get_submodule(a.stack_name)
     edited = {e["block"] for e in a.edits}
     for new, old in zip(stack, kept, strict=True):
-        theirs = dict(new.named_modules())
+        theirs: dict[str, Any] = dict(new.named_modules())
         for name, module in a.blocks[old].module.named_modules():
-            other, ours = theirs.get(name), getattr(type(module), "lean_base", type(module))
-            if type(other) is ours:
+            other = theirs.get(name)
+            if other is not None and type(other) is getattr(type(module), "lean_base", type(module)):
                 same = _settings(module, other) == _settings(other, module)
             else:  # quantisers and adapters stand where a Linear was; their inside has no counterpart
                 same = old in edited or other is None or isinstance(other, nn.Linear)
@@ -239,6 +248,7 @@ def _remove_blocks(
     for index in reversed(removed):
         del stack[index]
     for index, block in enumerate(stack):
+        module: Any
         for module in block.modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = index

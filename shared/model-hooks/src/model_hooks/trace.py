@@ -116,7 +116,7 @@ class Recorder:
             seen = module.__dict__.pop("_traced_input", None)
             y, returns = unpack(output)
             if seen is not None and y is not None:
-                self.traces[index].calls.append(Call(name, module, *seen, y, y.clone(), returns))
+                self.traces[index].calls.append(Call(name, module, seen[0], seen[1], y, y.clone(), returns))
 
         return hook
 
@@ -130,6 +130,18 @@ def small_input(model: Any) -> Tensor:
     return (torch.arange(TOKENS, device=device) * 7 + 3).remainder(embeddings.weight.shape[0]).unsqueeze(0)
 
 
+@contextmanager
+def eval_mode(model: Any) -> Iterator[None]:
+    """Eval mode; afterwards every module is in the mode that it was in (a frozen tower may be in another)."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 @torch.no_grad()
 def trace(model: Any, modules: list[nn.Module]) -> list[BlockTrace]:
     """Run `TOKENS` tokens through `model` (in eval mode, with a KV cache) and record what each of `modules` did."""
@@ -137,26 +149,23 @@ def trace(model: Any, modules: list[nn.Module]) -> list[BlockTrace]:
 
     ids = small_input(model)
     recorder = Recorder(modules)
-    cache = DynamicCache(config=model.config)
+    cache: Any = DynamicCache(config=model.config)
     update = cache.update
 
     def recording_update(*args: Any, **kwargs: Any) -> Any:
         recorder.cache_written()
         return update(*args, **kwargs)
 
-    cache.update = recording_update  # type: ignore[method-assign]
-    training = model.training
-    model.eval()
+    cache.update = recording_update
     try:
-        with recorder.recording():
+        with eval_mode(model), recorder.recording():
             model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
     except torch.OutOfMemoryError:
         raise
     except (ValueError, TypeError, AttributeError, KeyError, IndexError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UnsupportedArchitectureError(
-            f"{type(model).__name__} is not supported: a forward pass of text with an ordinary KV cache failed: {reason}"
+            f"{type(model).__name__} is not supported: a forward pass of text with an ordinary KV cache failed: "
+            f"{reason}"
         ) from error
-    finally:
-        model.train(training)
     return recorder.traces

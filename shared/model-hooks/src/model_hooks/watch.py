@@ -9,23 +9,24 @@ from __future__ import annotations
 import hashlib
 import inspect
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from .anatomy import Anatomy, Block, Sublayer, anatomy
 from .errors import FingerprintMismatch, RequestError, UnsupportedArchitectureError
 from .files import atomic_write
 from .fingerprint import fingerprint
-from .trace import first_tensor, small_input, unpack
+from .trace import eval_mode, first_tensor, small_input, unpack
 
 Unit = Literal["attention", "mlp", "block"]
 Progress = Callable[[int, int], None]
 JOURNAL_SECONDS = 10.0  # between two writes of the journal
+NOTHING = torch.zeros(0)
 
 
 class ResidualWatcher:
@@ -94,7 +95,7 @@ def watch(
     start = state.restore(watcher) if state else 0
     batches = share[start:].split(batch_size) if start < len(share) else ()
     done = -(-start // batch_size)
-    with torch.no_grad(), as_it_was(model), Hooks(parts.blocks, parts, watcher) as hooks:
+    with torch.no_grad(), eval_mode(model), Hooks(parts.blocks, parts, watcher) as hooks:
         for number, samples in enumerate(batches, done + 1):
             hooks.run(samples, sequences, mask)
             start += len(samples)
@@ -150,18 +151,6 @@ def _distributed() -> bool:
     return distributed.is_available() and distributed.is_initialized()
 
 
-@contextmanager
-def as_it_was(model: Any) -> Iterator[None]:
-    """Eval mode; afterwards every module is in the mode that it was in."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 class Hooks:
     """Hooks on `blocks` that show `watcher` the residual stream; a context manager, which removes them."""
 
@@ -214,7 +203,7 @@ class _BlockHooks:
 
     def __init__(self, block: Block, hooks: Hooks) -> None:
         self.block, self.hooks = block, hooks
-        self.x = self.mid = torch.zeros(0)
+        self.x = self.mid = NOTHING
         self.version = 0
 
     def attach(self, stack: ExitStack, middle: str | None) -> None:
@@ -226,8 +215,8 @@ class _BlockHooks:
             stack.callback(entry.register_forward_pre_hook(self.between, with_kwargs=True).remove)
         if self.block.layout == "parallel":
             for sublayer in self.block.sublayers:
-                own = [n for n in sublayer.post if n not in sublayer.shared]  # a shared dropout runs for both halves
-                last = module.get_submodule((sublayer.name, *own)[-1])
+                after = [module.get_submodule(n) for n in (sublayer.name, *sublayer.post)]
+                last = [m for m in after if not isinstance(m, nn.Dropout)][-1]  # which both halves may share
                 stack.callback(last.register_forward_hook(self.adds(sublayer)).remove)
 
     def enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -260,7 +249,7 @@ class _BlockHooks:
         if self.block.mlp and self.block.layout != "parallel":
             self.hooks.see(self.block.index, "mlp", self.mid, y)
         self.hooks.see(self.block.index, "block", self.x, y)
-        self.x = self.mid = y[:0]
+        self.x = self.mid = NOTHING  # only the batch at work is held
 
 
 def _version(x: Tensor) -> int:
@@ -299,7 +288,7 @@ class Journal:
         for what, mine in self.identity.items():
             if about.get(what) != mine:
                 raise FingerprintMismatch(
-                    f"the journal {self.path} is of other {what} ({about.get(what)}, now {mine}); remove it to start anew"
+                    f"the journal {self.path} is of other {what} ({about.get(what)}, now {mine}); remove it first"
                 )
         for name, total in watcher.sums.items():
             total.copy_(sums[name])

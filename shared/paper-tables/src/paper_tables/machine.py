@@ -6,7 +6,6 @@ import importlib.metadata
 import os
 import platform
 import sys
-from functools import lru_cache
 from pathlib import Path
 
 
@@ -27,7 +26,6 @@ def _version(package: str) -> str:
         return ""
 
 
-@lru_cache(maxsize=1)
 def machine() -> dict[str, str | int]:
     """Processor, cores that may be used, GPU if any, and the versions that figures depend on."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

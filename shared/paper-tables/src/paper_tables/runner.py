@@ -125,8 +125,9 @@ def _run_unit(job: _Job, unit: Unit, key: dict[str, Any], context: Context) -> s
         record = {"error": failure, "where": _where(error)}
         del error
         gc.collect()  # a failure may hold what the next unit needs the memory for
-    name = describe(machine())
-    job.results.machines[name] = dict(machine())
+    here = machine()  # after the work: that has imported torch, if it uses it
+    name = describe(here)
+    job.results.machines[name] = here
     job.results.units[unit.id] = {
         "key": settle(key, unit_key(job.table, unit.cell, job.code)),  # a hub model may have its revision only now
         "cell": {k: v for k, v in unit.cell.items() if k not in ("package", "table", "scale")},

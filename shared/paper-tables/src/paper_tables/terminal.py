@@ -26,10 +26,10 @@ def print_report(console: Any, report: TableReport) -> None:
         return
     columns = [(column, source) for column, sources in report.columns() for source in sources]
     groups = [columns]
-    if _width(report, columns) > console.width:
+    if not _fits(console, report, columns):
         groups = [[(c, s) for c, s in columns if s in ("published", scale)] for scale in report.scales]
     for group in groups:
-        for part in _parts(report, group, console.width):
+        for part in _parts(console, report, group):
             console.print(_grid(report, part))
     print_claims(console, report)
     for note in report.notes():
@@ -44,21 +44,20 @@ def print_heading(console: Any, report: TableReport) -> None:
     console.print(f"[bold]{escape(report.paper.name)}/{escape(report.table.id)}[/bold]  {escape(report.table.title)}")
 
 
-def _width(report: TableReport, columns: Sequence[Cell]) -> int:
-    """Characters that the table of all columns would take."""
-    width = max(len(title) for title in report.rows.values()) + 3
-    for column, source in columns:
-        texts = [report.cell(row, column, source) for row in report.rows]
-        width += max(map(len, [column.header, LABELS[source], *texts])) + 3
-    return width
+def _fits(console: Any, report: TableReport, columns: Sequence[Cell]) -> bool:
+    """Does the table of these columns fit into the terminal unwrapped?"""
+    from rich.measure import Measurement
+
+    wide = console.options.update(width=10_000)
+    return bool(Measurement.get(console, wide, _grid(report, columns)).maximum <= console.width)
 
 
-def _parts(report: TableReport, columns: Sequence[Cell], width: int) -> list[list[Cell]]:
-    """`columns` as tables that fit into `width`; a column's published and measured figures stay together."""
+def _parts(console: Any, report: TableReport, columns: Sequence[Cell]) -> list[list[Cell]]:
+    """`columns` as tables that fit into the terminal; a column's published and measured figures stay together."""
     parts: list[list[Cell]] = []
     for _, group in itertools.groupby(columns, key=lambda pair: pair[0].id):
         together = list(group)
-        if parts and _width(report, [*parts[-1], *together]) <= width:
+        if parts and _fits(console, report, [*parts[-1], *together]):
             parts[-1] += together
         else:
             parts.append(together)

@@ -122,6 +122,7 @@ class LLMDropConfig(PretrainedConfig):
     def from_pretrained(cls, path, **kwargs):
         values, kwargs = PretrainedConfig.get_config_dict(path, **kwargs)
         base = CONFIG_MAPPING[values["lean"]["base_model_type"]]
+        values.pop("chunk_size_feed_forward", None)  # holds a text that no stock class accepts, so that none loads this
         kwargs.pop("trust_remote_code", None)
         own = type(f"LLMDrop{base.__name__}", (base,), {"model_type": values["model_type"], "__module__": __name__})
         return own.from_dict(values, **kwargs)

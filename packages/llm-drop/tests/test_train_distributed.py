@@ -1,0 +1,130 @@
+"""Healing in two processes (gloo on CPU) under ZeRO-2, ZeRO-3 and FSDP2 gives what one process gives."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from llm_drop.plan import Plan
+from llm_drop.train import TrainConfig, train
+from safetensors.torch import load_file
+
+from model_hooks import anatomy, load, save
+from model_hooks.checkpoint import Card
+
+pytest.importorskip("deepspeed", reason="needs the extra [train]")
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+# accelerate cuts models over GPUs only. This tells it that the CPU is one, so that FSDP2 itself, which runs on both, is used.
+FSDP_ON_CPU = """
+import os
+os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+torch.accelerator.is_available = lambda: True
+from llm_drop import healing, train
+make = healing.Healer.create_optimizer
+def create_optimizer(self, model=None):
+    print("sharded by", self.accelerator.distributed_type, self.accelerator.is_fsdp2)
+    return make(self, model)
+healing.Healer.create_optimizer = create_optimizer
+train.main()
+"""
+SETTINGS: dict[str, Any] = {
+    "data": "zoo:calibration", "samples": 24, "length": 64, "heldout_samples": 8, "batch_size": 2, "accumulation": 2,
+    "epochs": 2.0, "learning_rate": 1e-3, "save_every": 2, "log_every": 1,
+}  # fmt: skip
+ONE_PROCESS = SETTINGS | {"batch_size": 4}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """zoo:llama in float32, so that runs can be compared closely, and a plan."""
+    folder = tmp_path_factory.mktemp("inputs")
+    model, tokenizer = load("zoo:llama", dtype=torch.float32)
+    save(model, folder / "model", tokenizer, card=Card("zoo:llama", "in float32"), verify=False)
+    layers = len(anatomy(model).blocks)
+    Plan(layers, attention=(0, layers // 2), mlp=(layers // 2 + 1,)).save(folder / "plan.json")
+    return {"model": str(folder / "model"), "plan": folder / "plan.json"}
+
+
+def launch(output: Path, options: dict[str, Any], script: Path | None = None) -> subprocess.Popen[str]:
+    program = ["-m", "llm_drop.train"] if script is None else [str(script)]
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program, "--json"]
+    for name, value in options.items():
+        flag = f"--{name.replace('_', '-')}"
+        line += [flag] if value is True else [flag, str(value)]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    return subprocess.Popen(
+        [*line, "--output", str(output)], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env=environment | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[dict[str, Any], str]:
+    said, _ = process.communicate()
+    assert process.returncode == 0, said[-4000:]
+    start = said.index('{\n "output"')
+    return json.JSONDecoder().raw_decode(said[start:])[0], said
+
+
+def check_same(many: Path, one: Path, result: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Losses, weights and logits agree; differences are those of summing in another order."""
+    for key in ("steps", "tokens", "parameters", "trainable"):
+        assert result[key] == expected[key]
+    assert result["loss_before"] == pytest.approx(expected["loss_before"], abs=1e-5)
+    assert result["loss_after"] == pytest.approx(expected["loss_after"], abs=1e-3)
+    assert result["loss_after"] < result["loss_before"] - 0.01
+    a, b = load_file(many / "model.safetensors"), load_file(one / "model.safetensors")
+    assert a.keys() == b.keys()
+    assert max(float((a[k] - b[k]).abs().max()) for k in a) < 2e-3
+    ids = torch.arange(24).view(1, 24) * 5 + 16
+    with torch.no_grad():
+        left, right = (load(folder, tokenizer=False)[0](input_ids=ids).logits for folder in (many, one))
+    torch.testing.assert_close(left, right, atol=2e-2, rtol=0)
+    assert not many.with_name(f"{many.name}.training").exists()
+
+
+def test_zero2_lora_distilled(inputs: dict[str, Any], tmp_path: Path) -> None:
+    options = {"distill": 0.5, **inputs}
+    expected = train(TrainConfig(output=tmp_path / "one", **ONE_PROCESS, **options))
+    result, _ = finish(launch(tmp_path / "many", SETTINGS | options | {"deepspeed": "zero2"}))
+    check_same(tmp_path / "many", tmp_path / "one", result, expected)
+
+
+def test_zero3_full_distilled_goes_on_after_kill(inputs: dict[str, Any], tmp_path: Path) -> None:
+    options = {"method": "full", "distill": 0.5, **inputs}
+    expected = train(TrainConfig(output=tmp_path / "one", **ONE_PROCESS, **options))
+    output, work = tmp_path / "many", tmp_path / "many.training"
+    first = launch(output, SETTINGS | options | {"deepspeed": "zero3"})
+    while not (work / "checkpoint-2" / "trainer_state.json").is_file():
+        assert first.poll() is None, first.communicate()[0][-4000:]
+        time.sleep(0.01)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    assert not output.exists()
+    result, _ = finish(launch(output, SETTINGS | options | {"deepspeed": "zero3"}))
+    check_same(output, tmp_path / "one", result, expected)
+    steps = [json.loads(line) for line in (output / "training_log.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in steps if "loss" in e] == list(range(1, result["steps"] + 1))
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_fsdp2(method: str, inputs: dict[str, Any], tmp_path: Path) -> None:
+    script = tmp_path / "fsdp_on_cpu.py"
+    script.write_text(FSDP_ON_CPU)
+    expected = train(TrainConfig(output=tmp_path / "one", **ONE_PROCESS, **inputs, method=method))
+    options = SETTINGS | inputs | {"fsdp": True, "method": method}
+    result, said = finish(launch(tmp_path / "many", options, script))
+    assert "sharded by DistributedType.FSDP True" in said
+    check_same(tmp_path / "many", tmp_path / "one", result, expected)
