@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from llm_drop.plan import Plan
@@ -23,7 +23,7 @@ from model_hooks.checkpoint import Card
 pytest.importorskip("deepspeed", reason="needs the extra [train]")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-# accelerate cuts models over GPUs only. This tells it that the CPU is one, so that FSDP2 itself, which runs on both, is used.
+# accelerate cuts models over GPUs only; FSDP2 itself runs on a CPU as well. This tells accelerate that the CPU is a GPU.
 FSDP_ON_CPU = """
 import os
 os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
@@ -58,24 +58,35 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"model": str(folder / "model"), "plan": folder / "plan.json"}
 
 
-def launch(output: Path, options: dict[str, Any], script: Path | None = None) -> subprocess.Popen[str]:
+def launch(output: Path, options: dict[str, Any], script: Path | None = None) -> subprocess.Popen[bytes]:
+    """Two processes; what they say goes to `<output>.log`, since a pipe that nobody reads would stop them."""
     program = ["-m", "llm_drop.train"] if script is None else [str(script)]
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program, "--json"]
     for name, value in options.items():
         flag = f"--{name.replace('_', '-')}"
         line += [flag] if value is True else [flag, str(value)]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-    return subprocess.Popen(
-        [*line, "--output", str(output)], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env=environment | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
-    )  # fmt: skip
+    with said_file(output).open("wb") as said:
+        return subprocess.Popen(
+            [*line, "--output", str(output)], stdout=said, stderr=said, env=environment | {"OMP_NUM_THREADS": "1"}
+        )
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[dict[str, Any], str]:
-    said, _ = process.communicate()
-    assert process.returncode == 0, said[-4000:]
-    start = said.index('{\n "output"')
-    return json.JSONDecoder().raw_decode(said[start:])[0], said
+def said_file(output: Path) -> Path:
+    return output.with_name(f"{output.name}.log")
+
+
+def finish(process: subprocess.Popen[bytes], output: Path) -> tuple[dict[str, Any], str]:
+    code, said = process.wait(), said_file(output).read_text()
+    assert code == 0, said[-4000:]
+    return json.JSONDecoder().raw_decode(said[said.index('{\n "output"') :])[0], said
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill the launcher and its workers at one blow, as when a machine loses power."""
+    for each in (psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)):
+        each.kill()
+    process.wait()
 
 
 def check_same(many: Path, one: Path, result: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -96,10 +107,10 @@ def check_same(many: Path, one: Path, result: dict[str, Any], expected: dict[str
 
 
 def test_zero2_lora_distilled(inputs: dict[str, Any], tmp_path: Path) -> None:
-    options = {"distill": 0.5, **inputs}
+    options, output = {"distill": 0.5, **inputs}, tmp_path / "many"
     expected = train(TrainConfig(output=tmp_path / "one", **ONE_PROCESS, **options))
-    result, _ = finish(launch(tmp_path / "many", SETTINGS | options | {"deepspeed": "zero2"}))
-    check_same(tmp_path / "many", tmp_path / "one", result, expected)
+    result, _ = finish(launch(output, SETTINGS | options | {"deepspeed": "zero2"}), output)
+    check_same(output, tmp_path / "one", result, expected)
 
 
 def test_zero3_full_distilled_goes_on_after_kill(inputs: dict[str, Any], tmp_path: Path) -> None:
@@ -108,12 +119,11 @@ def test_zero3_full_distilled_goes_on_after_kill(inputs: dict[str, Any], tmp_pat
     output, work = tmp_path / "many", tmp_path / "many.training"
     first = launch(output, SETTINGS | options | {"deepspeed": "zero3"})
     while not (work / "checkpoint-2" / "trainer_state.json").is_file():
-        assert first.poll() is None, first.communicate()[0][-4000:]
+        assert first.poll() is None, said_file(output).read_text()[-4000:]
         time.sleep(0.01)
-    os.killpg(first.pid, signal.SIGKILL)
-    first.communicate()
+    kill(first)
     assert not output.exists()
-    result, _ = finish(launch(output, SETTINGS | options | {"deepspeed": "zero3"}))
+    result, _ = finish(launch(output, SETTINGS | options | {"deepspeed": "zero3"}), output)
     check_same(output, tmp_path / "one", result, expected)
     steps = [json.loads(line) for line in (output / "training_log.jsonl").read_text().splitlines()]
     assert [e["step"] for e in steps if "loss" in e] == list(range(1, result["steps"] + 1))
@@ -124,7 +134,7 @@ def test_fsdp2(method: str, inputs: dict[str, Any], tmp_path: Path) -> None:
     script = tmp_path / "fsdp_on_cpu.py"
     script.write_text(FSDP_ON_CPU)
     expected = train(TrainConfig(output=tmp_path / "one", **ONE_PROCESS, **inputs, method=method))
-    options = SETTINGS | inputs | {"fsdp": True, "method": method}
-    result, said = finish(launch(tmp_path / "many", options, script))
+    options, output = SETTINGS | inputs | {"fsdp": True, "method": method}, tmp_path / "many"
+    result, said = finish(launch(output, options, script), output)
     assert "sharded by DistributedType.FSDP True" in said
-    check_same(tmp_path / "many", tmp_path / "one", result, expected)
+    check_same(output, tmp_path / "one", result, expected)

@@ -10,6 +10,7 @@ import math
 import os
 import re
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -174,6 +175,8 @@ def arguments(config: TrainConfig, deepspeed: str | None) -> Any:
         report_to="none",
     )
     if deepspeed:  # loading under ZeRO-3 comes before Trainer would do this
+        # of torch 2.14, about calls that DeepSpeed makes many times a step
+        warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
         require("deepspeed.comm", extra="train", package="llm-drop").init_distributed(auto_mpi_discovery=False)
     arguments._n_gpu = min(arguments.n_gpu, 1)  # more GPUs are for a launcher: never torch's old DataParallel
     return arguments

@@ -1,0 +1,118 @@
+"""Every form that a dropped model is written in gives the same logits, or says why it cannot be."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import build
+from llm_drop import Plan, apply, export
+from llm_drop.export import check_nemotron_nas
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from model_hooks import RequestError
+
+PLAN = Plan(6, (0, 3), (3, 5))  # the first attention, a whole block, an MLP
+IDS = torch.arange(30, 42).unsqueeze(0)
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS, use_cache=False).logits
+
+
+@pytest.fixture
+def dropped() -> Any:
+    return apply(build(intermediate_size=256), PLAN, check=False)
+
+
+def test_zeroed_is_a_stock_model_with_the_same_outputs(dropped: Any, tmp_path: Path) -> None:
+    folder = export(dropped, None, tmp_path / "zeroed", "zeroed")
+    stock, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert type(stock) is LlamaForCausalLM
+    assert not info["missing_keys"]
+    assert len(stock.model.layers) == 5  # the whole block is gone in every form
+    assert torch.allclose(logits(stock.eval()), logits(dropped), atol=1e-5)
+    assert not stock.model.layers[0].self_attn.o_proj.weight.any()
+    assert "no gain" in (folder / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_hf_remote_loads_where_nothing_of_ours_is_known(dropped: Any, tmp_path: Path) -> None:
+    folder = export(dropped, None, tmp_path / "remote", "hf-remote")
+    code = (
+        "import sys, torch; from transformers import AutoModelForCausalLM as A\n"
+        "m = A.from_pretrained(sys.argv[1], trust_remote_code=True).eval()\n"
+        "assert not any(n.startswith(('model_hooks', 'llm_drop')) for n in sys.modules)\n"
+        "ids = torch.arange(30, 42).unsqueeze(0)\n"
+        "torch.save((m(ids, use_cache=False).logits, m.generate(ids, do_sample=False, max_new_tokens=8)), sys.argv[2])\n"
+    )
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, "-c", code, str(folder), str(tmp_path / "out.pt")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found, text = torch.load(tmp_path / "out.pt")
+    assert torch.equal(found, logits(dropped))
+    assert torch.equal(text, dropped.generate(IDS, do_sample=False, max_new_tokens=8))
+
+
+def test_nemotron_nas_describes_every_tensor(tmp_path: Path) -> None:
+    model = apply(build(intermediate_size=256), PLAN, check=False)
+    folder = export(model, None, tmp_path / "nas", "nemotron-nas")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["DeciLMForCausalLM"]
+    assert [b["attention"]["no_op"] for b in config["block_configs"]] == [True, False, False, False, False]
+    assert [b["ffn"]["no_op"] for b in config["block_configs"]] == [False, False, False, False, True]
+    with safe_open(folder / "model.safetensors", "pt") as handle:
+        names = set(handle.keys())
+    assert not any(name.startswith("model.layers.0.self_attn") for name in names)
+
+    state = load_file(folder / "model.safetensors")
+    state.pop("model.layers.1.self_attn.k_proj.weight")
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(RuntimeError, match=r"layers\.1\.self_attn\.k_proj"):
+        check_nemotron_nas(folder)
+
+
+@pytest.mark.parametrize(
+    ("to", "changes", "plan", "message"),
+    [
+        ("gguf", {}, PLAN, "unknown format 'gguf'; there are hf, hf-remote, zeroed, nemotron-nas"),
+        ("nemotron-nas", {"intermediate_size": 64}, PLAN, "not a multiple of 256"),
+        ("nemotron-nas", {"intermediate_size": 256, "attention_bias": True}, PLAN, "biases"),
+        ("hf-remote", {}, Plan(6, (2,), (2,)), "use hf"),
+    ],
+)
+def test_what_a_form_cannot_express_is_refused(
+    to: str, changes: dict[str, Any], plan: Plan, message: str, tmp_path: Path
+) -> None:
+    model = apply(build(**changes), plan, check=False)
+    with pytest.raises(RequestError, match=message):
+        export(model, None, tmp_path / "out", to)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_constants_have_no_place_in_the_stock_forms(model: Any, scores: Any, tmp_path: Path) -> None:
+    repaired = apply(model, PLAN, repair=scores, check=False)
+    with pytest.raises(RequestError, match="no place for repair constants"):
+        export(repaired, None, tmp_path / "out", "zeroed")
+    export(repaired, None, tmp_path / "hf", "hf")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    assert torch.equal(logits(again), logits(repaired))
+
+
+def test_an_existing_folder_is_kept(dropped: Any, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("x")
+    for to in ("hf", "hf-remote", "zeroed", "nemotron-nas"):
+        with pytest.raises(RequestError, match="--overwrite"):
+            export(dropped, None, tmp_path / "out", to)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["precious"]
