@@ -85,7 +85,7 @@ def test_the_draft_shares_the_weights_and_the_text_is_the_parents(model: Any, sc
 
 def test_a_draft_that_is_its_parent_is_always_accepted(model: Any) -> None:
     found = generate(model, sharing_copy(model), torch.arange(20, 32).unsqueeze(0), max_new_tokens=24)
-    assert found.parent_steps < found.new_tokens / 2
+    assert found.parent_steps <= found.new_tokens / 2
     assert found.acceptance > 0.8
 
 

@@ -35,10 +35,10 @@ def exhaustive(importance: dict[Any, float], demands: list[tuple[dict[Any, float
 
 @given(
     st.lists(st.floats(0.001, 1), min_size=8, max_size=8),
-    st.floats(0, 6),
-    st.floats(0, 33),
+    st.integers(0, 6),
+    st.integers(0, 33),
 )
-def test_no_set_within_the_budgets_is_cheaper(values: list[float], kv: float, size: float) -> None:
+def test_no_set_within_the_budgets_is_cheaper(values: list[float], kv: int, size: int) -> None:
     importance = dict(zip(UNITS, values, strict=True))
     demands = [(KV, kv), (SIZE, size)]
     best = exhaustive(importance, demands)

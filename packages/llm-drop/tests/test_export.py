@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build
 from llm_drop import Plan, apply, export
 from llm_drop.export import check_nemotron_nas
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny import build
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from model_hooks import RequestError

@@ -214,7 +214,7 @@ def check_nemotron_nas(folder: Path) -> None:
             expected |= {f"{at}post_attention_layernorm.weight": [width], f"{at}mlp.gate_proj.weight": [inner, width],
                          f"{at}mlp.up_proj.weight": [inner, width], f"{at}mlp.down_proj.weight": [width, inner]}  # fmt: skip
     with safe_open(folder / "model.safetensors", "pt") as handle:
-        found = {name: handle.get_slice(name).get_shape() for name in handle}
+        found = {name: handle.get_slice(name).get_shape() for name in handle.keys()}  # noqa: SIM118
     wrong = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
     if wrong:
         raise RuntimeError(f"nemotron-nas: {wrong[0]} is {found.get(wrong[0])}, described as {expected.get(wrong[0])}")

@@ -27,7 +27,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import get_model_param_count
 from transformers.utils import CONFIG_NAME
 
-from llm_drop.prepare import DATA, LOG, START, TRAINED
+from llm_drop.prepare import DATA, LOG, START, TRAINED, on_cpu
 from model_hooks.loading import quiet
 from paper_tables import WorkFailed, progress
 from paper_tables.frame import require
@@ -90,7 +90,7 @@ class Healer(Trainer):
         ids = inputs["input_ids"]
         logits = model(input_ids=ids, use_cache=False).logits
         parent_logits = None
-        if self.parent is not None and model.training:
+        if self.parent is not None and torch.is_grad_enabled():  # `training` of DeepSpeed's engine is not to be trusted
             with torch.no_grad():
                 parent_logits = self.parent(input_ids=ids, use_cache=False).logits
         loss = healing_loss(logits, ids, parent_logits, self.weight)
@@ -143,7 +143,7 @@ def load_parent(source: str, dtype: torch.dtype, device: torch.device) -> nn.Mod
 
 
 def arguments(config: TrainConfig, deepspeed: str | None) -> Any:
-    cpu = not torch.accelerator.is_available()
+    cpu = on_cpu()
     arguments = TrainingArguments(
         output_dir=str(config.work),
         per_device_train_batch_size=config.batch_size,

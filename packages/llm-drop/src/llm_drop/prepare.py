@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from model_hooks import Anatomy, Card, RequestError
@@ -22,6 +23,10 @@ DATA = "data.safetensors"
 START = "start"  # the model to start from, where it was dropped here
 TRAINED = "trained"
 LOG = "training_log.jsonl"
+
+
+def on_cpu() -> bool:
+    return not torch.accelerator.is_available()
 
 
 def lora_targets(parts: Anatomy) -> tuple[list[str], list[str]]:

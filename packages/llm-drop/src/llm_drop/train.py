@@ -24,7 +24,7 @@ from typing import Annotated, Any, get_type_hints
 
 import torch
 
-from llm_drop.prepare import LOG, RECORD, START, TRAINED, prepare
+from llm_drop.prepare import LOG, RECORD, START, TRAINED, on_cpu, prepare
 from model_hooks import Card, RequestError
 from paper_tables import tables_folder
 from paper_tables.errors import nearest
@@ -128,7 +128,7 @@ class TrainConfig:
             raise RequestError("deepspeed and fsdp both cut the model; give one of them")
         if (self.deepspeed or self.fsdp) and "RANK" not in os.environ:
             raise RequestError("deepspeed and fsdp need a launcher: torchrun --nproc-per-node N -m llm_drop.train ...")
-        if self.fsdp and not torch.accelerator.is_available():
+        if self.fsdp and on_cpu():
             raise RequestError(
                 "fsdp: accelerate cuts models over GPUs only, and there is none; --deepspeed zero3 can on CPU"
             )
