@@ -53,7 +53,8 @@ def test_hf_remote_loads_where_nothing_of_ours_is_known(dropped: Any, tmp_path: 
         "m = A.from_pretrained(sys.argv[1], trust_remote_code=True).eval()\n"
         "assert not any(n.startswith(('model_hooks', 'llm_drop')) for n in sys.modules)\n"
         "ids = torch.arange(30, 42).unsqueeze(0)\n"
-        "torch.save((m(ids, use_cache=False).logits, m.generate(ids, do_sample=False, max_new_tokens=8)), sys.argv[2])\n"
+        "torch.save((m(ids, use_cache=False).logits, m.generate(ids, do_sample=False, max_new_tokens=8)),"
+        " sys.argv[2])\n"
     )
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
     command = [sys.executable, "-c", code, str(folder), str(tmp_path / "out.pt")]

@@ -12,7 +12,7 @@ import torch
 from families import HIDDEN, LAYERS, VOCAB, build, ids, vlm
 from torch import Tensor, nn
 
-from model_hooks import RequestError, anatomy, drop, load
+from model_hooks import RequestError, anatomy, drop, fingerprint, load
 from model_hooks.layer_stream import LayerStream
 from model_hooks.layerwise import map_layers, watch_layerwise
 from model_hooks.loading import quiet
@@ -99,6 +99,12 @@ def test_one_layer_is_resident_at_a_time(tmp_path: Path) -> None:
     changed: list[int] = []
     map_layers(tmp_path / "model", tmp_path / "out", lambda _, found: changed.append(resident_bytes(found)))
     assert changed == [layer] * LAYERS
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_fingerprint_is_that_of_the_whole_model(name: str, tmp_path: Path) -> None:
+    folder = stored(build(name), tmp_path / "model")
+    assert LayerStream(folder).fingerprint() == fingerprint(load(folder, tokenizer=False)[0])
 
 
 @pytest.mark.parametrize("name", FAMILIES)

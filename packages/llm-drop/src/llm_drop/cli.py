@@ -44,6 +44,12 @@ def score(
     samples: Annotated[int, typer.Option(min=1, help="Sequences to score on.")] = 256,
     length: Annotated[int, typer.Option(help="Tokens of each; at most the model's context.")] = 2048,
     batch_size: Annotated[int, typer.Option(min=1)] = 4,
+    layerwise: Annotated[
+        bool, typer.Option("--layerwise", help="One layer in memory at a time: for models larger than the memory.")
+    ] = False,
+    buffer: Annotated[
+        Path | None, typer.Option(help="With --layerwise: folder for the hidden states, which are in RAM otherwise.")
+    ] = None,
     dtype: Dtype = "auto",
     device_map: DeviceMap = "",
     overwrite: Overwrite = False,
@@ -55,10 +61,14 @@ def score(
     from llm_drop import workflow
 
     refuse_existing(output, overwrite)
-    found = workflow.score_source(
-        model, data, samples=samples, length=length, batch_size=batch_size,
-        load=lambda: load_model(model, dtype, device_map), journal=output.with_name(f".{output.name}.journal"),
-    )  # fmt: skip
+    sizes = {"samples": samples, "length": length, "batch_size": batch_size}
+    if layerwise:
+        found = workflow.score_source_layerwise(model, data, **sizes, buffer=buffer)
+    else:
+        journal = output.with_name(f".{output.name}.journal")
+        found = workflow.score_source(
+            model, data, **sizes, load=lambda: load_model(model, dtype, device_map), journal=journal
+        )
     found.save(output, overwrite=overwrite)
     return {"scores": output, **workflow.summary(found)}
 

@@ -2,8 +2,8 @@
 
 `hf`            a checkpoint for transformers with `import model_hooks`; whole-block results need no import at all
 `hf-remote`     the same and one generic modelling file: loads with `trust_remote_code=True` and nothing of ours
-`zeroed`        the stock architecture with the dropped sublayers' weights zero: the same outputs in any engine that runs
-                the base model, but neither faster nor smaller in memory
+`zeroed`        the stock architecture with the dropped sublayers' weights zero: the same outputs in any engine that
+                runs the base model, but neither faster nor smaller in memory
 `nemotron-nas`  Llama layouts: no-op sublayers as vLLM's and llama.cpp's Deci models know them; checked by names and
                 shapes, since transformers itself has no such architecture
 """
@@ -211,8 +211,12 @@ def check_nemotron_nas(folder: Path) -> None:
                          f"{at}self_attn.o_proj.weight": [width, heads * head]}  # fmt: skip
         if not block["ffn"]["no_op"]:
             inner = -(-int(2 * block["ffn"]["ffn_mult"] * width / 3) // 256) * 256  # as vLLM's decilm.py computes it
-            expected |= {f"{at}post_attention_layernorm.weight": [width], f"{at}mlp.gate_proj.weight": [inner, width],
-                         f"{at}mlp.up_proj.weight": [inner, width], f"{at}mlp.down_proj.weight": [width, inner]}  # fmt: skip
+            expected |= {
+                f"{at}post_attention_layernorm.weight": [width],
+                f"{at}mlp.down_proj.weight": [width, inner],
+                f"{at}mlp.gate_proj.weight": [inner, width],
+                f"{at}mlp.up_proj.weight": [inner, width],
+            }
     with safe_open(folder / "model.safetensors", "pt") as handle:
         found = {name: handle.get_slice(name).get_shape() for name in handle.keys()}  # noqa: SIM118
     wrong = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))

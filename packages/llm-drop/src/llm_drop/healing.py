@@ -62,7 +62,7 @@ def healing_loss(logits: Tensor, ids: Tensor, parent_logits: Tensor | None = Non
 def _sum_of_losses(logits: Tensor, targets: Tensor, parent_logits: Tensor | None, weight: float) -> Tensor:
     log_q = logits.float().log_softmax(-1)  # [positions, vocabulary]
     loss = F.nll_loss(log_q, targets, reduction="sum")
-    if parent_logits is None or weight == 0:
+    if parent_logits is None:
         return loss
     log_p = parent_logits.float().log_softmax(-1)
     return (1 - weight) * loss + weight * F.kl_div(log_q, log_p, reduction="sum", log_target=True)
@@ -89,11 +89,12 @@ class Healer(Trainer):
     ) -> Any:
         ids = inputs["input_ids"]
         logits = model(input_ids=ids, use_cache=False).logits
-        parent_logits = None
-        if self.parent is not None and torch.is_grad_enabled():  # `training` of DeepSpeed's engine is not to be trusted
+        parent_logits, weight = None, 0.0
+        if self.weight and torch.is_grad_enabled():  # DeepSpeed's engine says that it is training when it is not
+            assert self.parent is not None
             with torch.no_grad():
-                parent_logits = self.parent(input_ids=ids, use_cache=False).logits
-        loss = healing_loss(logits, ids, parent_logits, self.weight)
+                parent_logits, weight = self.parent(input_ids=ids, use_cache=False).logits, self.weight
+        loss = healing_loss(logits, ids, parent_logits, weight)
         return (loss, {}) if return_outputs else loss
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -133,13 +134,13 @@ def load_parent(source: str, dtype: torch.dtype, device: torch.device) -> nn.Mod
     parent = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     parent.eval().requires_grad_(False)
     if not is_deepspeed_zero3_enabled():
-        return parent.to(device)  # type: ignore[no-any-return]
+        return parent.to(device)
     import deepspeed
 
     zero = {k: v for k, v in deepspeed_config()["zero_optimization"].items() if k in ("stage", "offload_param")}
     settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
     engine, *_ = deepspeed.initialize(model=parent, config=settings | {"bf16": {"enabled": dtype == torch.bfloat16}})
-    return engine.eval()  # type: ignore[no-any-return]
+    return engine
 
 
 def arguments(config: TrainConfig, deepspeed: str | None) -> Any:

@@ -167,12 +167,42 @@ def score(
         parts,
         model=name or getattr(model, "name_or_path", "") or type(model).__name__,
         fingerprint=fingerprint(model),
-        data=data,
-        data_fingerprint=data_fingerprint(sequences, attention_mask),
-        samples=len(sequences),
-        dtype=str(model.dtype).removeprefix("torch."),
-        versions=_versions(),
+        **_about(model, sequences, attention_mask, data),
     )
+
+
+def score_layerwise(
+    source: str, sequences: Tensor, *, data: str = "", batch_size: int = 4, buffer: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Scores:  # fmt: skip
+    """As `score`, for a checkpoint larger than memory: one layer is resident at a time, read from `source`.
+
+    Blocks come one after another, so runs of blocks (`gaps`) are not measured, and nothing is kept of a killed run.
+
+    Args:
+        source: checkpoint folder, zoo:NAME or hub id.
+        buffer: folder for the hidden states of all samples; without it they are held in RAM.
+    """
+    from model_hooks.layer_stream import LayerStream
+    from model_hooks.layerwise import watch_layerwise
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    stream = LayerStream(source, device=device)
+    hidden = stream.model.get_input_embeddings().weight.shape[1]
+    watcher = ResidualSimilarity(len(stream.layers), hidden, gaps=False)
+    parts = watch_layerwise(stream, sequences, watcher, batch_size=batch_size, buffer=buffer, progress=progress)
+    about = _about(stream.model, sequences, None, data)
+    return from_sums(watcher.sums, parts, model=source, fingerprint=stream.fingerprint(), **about)
+
+
+def _about(model: Any, sequences: Tensor, attention_mask: Tensor | None, data: str) -> dict[str, Any]:
+    return {
+        "data": data,
+        "data_fingerprint": data_fingerprint(sequences, attention_mask),
+        "samples": len(sequences),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "versions": _versions(),
+    }
 
 
 def from_sums(sums: Mapping[str, Tensor], parts: Any, **about: Any) -> Scores:

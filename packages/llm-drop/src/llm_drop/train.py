@@ -78,7 +78,7 @@ class TrainConfig:
     plan: Path | None = None
     method: str = "lora"
     rank: int = 16
-    alpha: float = 32.0
+    alpha: int = 32
     keep_adapter: bool = False
     distill: float = 0.0
     parent: str = ""
@@ -107,14 +107,22 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise RequestError(f"method {self.method!r} is not accepted{nearest(self.method, METHODS)}")
-        for name in ("rank", "samples", "heldout_samples", "batch_size", "accumulation", "save_every", "log_every"):
+        for name in (
+            "rank",
+            "alpha",
+            "samples",
+            "heldout_samples",
+            "batch_size",
+            "accumulation",
+            "save_every",
+            "log_every",
+        ):
             self._at_least(name, 1)
         self._at_least("length", 2)
         for name in ("max_steps", "learning_rate", "weight_decay", "warmup"):
             self._at_least(name, 0)
-        for name in ("alpha", "epochs"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise RequestError(f"{name} is {getattr(self, name)}; a number above 0 is needed")
+        if not 0 < self.epochs < math.inf:
+            raise RequestError(f"epochs is {self.epochs}; a number above 0 is needed")
         if not (self.distill <= 1 and self.warmup < 1):
             raise RequestError(f"distill is {self.distill} and warmup {self.warmup}; both are shares of 1")
         self._at_least("distill", 0)
@@ -231,7 +239,7 @@ def _finish(config: TrainConfig, prepared: dict[str, Any], result: dict[str, Any
         model = PeftModel.from_pretrained(model, config.work / TRAINED)
         if config.keep_adapter:
             with atomic_folder(config.output, config.overwrite) as part:
-                model.save_pretrained(part)
+                model.save_pretrained(str(part))
                 (part / "README.md").write_text(card.markdown(model))
         else:
             model = model.merge_and_unload()
@@ -287,7 +295,7 @@ def _signature() -> inspect.Signature:
             spelled = ["--resume/--no-resume"]
         option = typer.Option(*spelled, help=manual.get(f.name, ""))
         default = inspect.Parameter.empty if f.default is MISSING else f.default
-        annotation = Annotated[hints[f.name], option]
+        annotation = Annotated[hints[f.name], option]  # type: ignore[valid-type,name-defined]
         parameters.append(
             inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
         )

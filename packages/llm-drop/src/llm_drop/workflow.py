@@ -8,7 +8,7 @@ from typing import Any
 
 from llm_drop.plan import Plan
 from llm_drop.repair import apply
-from llm_drop.score import Scores, score
+from llm_drop.score import Scores, score, score_layerwise
 from llm_drop.select import select, select_iteratively
 from model_hooks import FingerprintMismatch, RequestError
 
@@ -16,12 +16,11 @@ Load = Callable[[], tuple[Any, Any]]
 PAPER = "arXiv 2406.15786"
 
 
-def sequences_for(model: Any, tokenizer: Any, data: str, samples: int, length: int) -> Any:
+def sequences_for(config: Any, tokenizer: Any, data: str, samples: int, length: int) -> Any:
     """Calibration sequences of `data`; a length beyond the model's context is cut to it."""
     from model_hooks.text import load_sequences
 
-    config = model.config.get_text_config(decoder=True)
-    context = getattr(config, "max_position_embeddings", None) or length
+    context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or length
     return load_sequences(tokenizer, data, samples=samples, length=min(length, context))
 
 
@@ -32,9 +31,24 @@ def score_source(
     from paper_tables import progress
 
     model, tokenizer = load()
-    sequences = sequences_for(model, tokenizer, data, samples, length)
+    sequences = sequences_for(model.config, tokenizer, data, samples, length)
     with progress("batches scored") as bar:
         return score(model, sequences, name=name, data=data, batch_size=batch_size, journal=journal, progress=bar)
+
+
+def score_source_layerwise(
+    name: str, data: str, *, samples: int, length: int, batch_size: int, buffer: Path | None = None
+) -> Scores:
+    """As `score_source`, with the weights of one layer in memory at a time."""
+    from transformers import AutoConfig
+
+    from model_hooks.loading import load_tokenizer, resolve
+    from paper_tables import progress
+
+    tokenizer = load_tokenizer(name)
+    sequences = sequences_for(AutoConfig.from_pretrained(resolve(name)), tokenizer, data, samples, length)
+    with progress("layers scored") as bar:
+        return score_layerwise(name, sequences, data=data, batch_size=batch_size, buffer=buffer, progress=bar)
 
 
 def summary(scores: Scores, least: int = 8) -> dict[str, Any]:
@@ -95,7 +109,7 @@ def _iterative(scores: Scores, counts: Mapping[str, int], load: Load, objective:
         raise RequestError(f"--iterative takes one count (or equal ones), got {dict(counts)}")
     model, tokenizer = load()
     _same_model(scores, model)
-    sequences = sequences_for(model, tokenizer, scores.data, scores.samples, scores.tokens // scores.samples)
+    sequences = sequences_for(model.config, tokenizer, scores.data, scores.samples, scores.tokens // scores.samples)
     scores.check(data=data_fingerprint(sequences))
 
     def measure(taken: Plan | None) -> Scores:

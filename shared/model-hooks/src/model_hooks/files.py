@@ -73,8 +73,8 @@ def atomic_folder(folder: str | Path, overwrite: bool = False, source: str | Pat
     try:
         yield part
         for file in (*part.rglob("*"), part):
+            os.chmod(file, 0o755 if file.is_dir() else 0o644)  # safetensors writes for its user alone
             _sync(file)
-        os.chmod(part, 0o755)
         _swap(part, target)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .anatomy import Anatomy, _name_of, _stack, anatomy
 from .errors import RequestError
+from .fingerprint import combined, tensor_digest
 from .loading import _auto_class, quiet, resolve
 
 
@@ -80,6 +81,15 @@ class LayerStream:
             for name in self.lazy:
                 hooks.enter_context(self._loaded_when_it_runs(name))
             return anatomy(self.model)
+
+    def fingerprint(self) -> str:
+        """The model's `model_hooks.fingerprint`, one layer in memory at a time."""
+        digests: dict[str, str] = {}
+        for module in self.lazy:
+            with self.resident(module) as found:
+                digests |= {f"{module}.{name}": tensor_digest(t) for name, t in found.state_dict().items()}
+        rest = {name: tensor for name, tensor in self.model.state_dict().items() if name not in digests}
+        return combined(self.model.config, digests | {name: tensor_digest(tensor) for name, tensor in rest.items()})
 
     @contextmanager
     def _loaded_when_it_runs(self, name: str) -> Iterator[None]:

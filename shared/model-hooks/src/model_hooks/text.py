@@ -43,9 +43,7 @@ def read_documents(source: str | Path) -> Iterator[str]:
         raise RequestError(f"{source} holds no text; nothing can be measured on it")
 
 
-def load_sequences(
-    tokenizer: Any, source: str | Path, *, samples: int, length: int, seed: int | None = None
-) -> Tensor:
+def load_sequences(tokenizer: Any, source: str | Path, *, samples: int, length: int, seed: int | None = None) -> Tensor:
     """Token ids [n, length], n at most `samples`: documents with EOS after each, joined and cut, as the papers do it.
 
     Without a seed these are the first sequences of the source; with one, a choice among the first `16 * samples`.

@@ -135,7 +135,9 @@ class Run:
         return {
             "seed": self.recipe.seed,
             "minutes": round(self.budget / 60, 1),
-            "device": torch.cuda.get_device_name() if self.device == "cuda" else f"{torch.get_num_threads()} CPU threads",
+            "device": torch.cuda.get_device_name()
+            if self.device == "cuda"
+            else f"{torch.get_num_threads()} CPU threads",
             "corpus": corpus.python_version(self.stdlib),
             "corpus_tokens": sum(map(len, self.stream.documents)),
             "torch": str(torch.__version__),
