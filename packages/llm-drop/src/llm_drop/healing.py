@@ -144,6 +144,7 @@ def load_parent(source: str, dtype: torch.dtype, device: torch.device) -> nn.Mod
 
 
 def arguments(config: TrainConfig, deepspeed: str | None) -> Any:
+    """The Trainer's arguments; `deepspeed` is a file. Making them joins this process to the others of its launcher."""
     cpu = on_cpu()
     arguments = TrainingArguments(
         output_dir=str(config.work),
@@ -152,7 +153,7 @@ def arguments(config: TrainConfig, deepspeed: str | None) -> Any:
         gradient_accumulation_steps=config.accumulation,
         num_train_epochs=config.epochs,
         max_steps=config.max_steps or -1,
-        learning_rate=config.learning_rate or config.rate,
+        learning_rate=config.rate,
         lr_scheduler_type="cosine",
         warmup_steps=config.warmup,
         weight_decay=config.weight_decay,
@@ -183,10 +184,10 @@ def arguments(config: TrainConfig, deepspeed: str | None) -> Any:
     return arguments
 
 
-def _model(config: TrainConfig, prepared: dict[str, Any], source: str) -> Any:
+def _model(config: TrainConfig, prepared: dict[str, Any], source: str, deepspeed: bool) -> Any:
     """The student as Trainer gets it: in float32 unless its weights are frozen or DeepSpeed keeps a float32 copy."""
     sharded = config.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
-    halved = config.bf16 and not sharded and (config.method == "lora" or bool(config.deepspeed))
+    halved = config.bf16 and not sharded and (config.method == "lora" or deepspeed)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16 if halved else torch.float32)
     if config.method == "full":
         return model
@@ -221,7 +222,8 @@ def heal(config: TrainConfig, prepared: dict[str, Any], arguments: Any) -> dict[
     goes_on = checkpoint is not None and (checkpoint / CONFIG_NAME).is_file()
     began = time.monotonic()
     with quiet(), progress("training steps") as bar:
-        model = _model(config, prepared, str(checkpoint) if goes_on else start)
+        source = str(checkpoint) if goes_on else start
+        model = _model(config, prepared, source, deepspeed=arguments.deepspeed_plugin is not None)
         parent = load_parent(prepared["parent"], model.dtype, arguments.device) if config.distill else None
         trainer = Healer(
             parent, config.distill, config.work / LOG, model=model, args=arguments,

@@ -159,7 +159,8 @@ def _healed(cell: Cell, plan: Plan | None) -> Any:
         train(
             TrainConfig(
                 model=cell["model"], plan=file, output=Path(room) / "healed", method=cell["heal"],
-                data=cell["heal_data"], samples=cell["steps"] * cell["heal_batch"], length=cell["length"], max_steps=cell["steps"],
+                data=cell["heal_data"], samples=cell["steps"] * cell["heal_batch"], length=cell["length"],
+                max_steps=cell["steps"],
                 batch_size=cell["heal_batch"], accumulation=cell.get("accumulation", 1), seed=cell["seed"],
                 learning_rate=cell.get("learning_rates", {}).get(cell["heal"], 0.0), heldout=cell["calibration"],
                 heldout_samples=4, bf16=cell.get("dtype") == "bfloat16",
@@ -189,9 +190,10 @@ def _tasks(cell: Cell, context: Context, model: Any, plan: Plan | None) -> dict[
 
     def measure() -> dict[str, dict[str, float]]:
         found: dict[str, dict[str, float]] = {}
-        for task in cell["tasks"]:
-            found |= accuracies(model, tokenizer, [task], limit=limit, shots=shots.get(task), batch_size=batch)
-        return found
+        for count in dict.fromkeys(shots.get(task) for task in cell["tasks"]):
+            same = [task for task in cell["tasks"] if shots.get(task) == count]
+            found |= accuracies(model, tokenizer, same, limit=limit, shots=count, batch_size=batch)
+        return {task: found[task] for task in cell["tasks"]}
 
     found = _once_per_model(cell, context, plan, ("tasks", tuple(cell["tasks"]), limit), measure)
     percent = {task: {k: 100 * v for k, v in figure.items()} for task, figure in found.items()}

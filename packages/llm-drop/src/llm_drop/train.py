@@ -30,6 +30,7 @@ from paper_tables import tables_folder
 from paper_tables.errors import nearest
 
 METHODS = {"lora": 2e-4, "full": 1e-5}  # with their usual learning rates
+COUNTS = ("rank", "alpha", "samples", "heldout_samples", "batch_size", "accumulation", "save_every", "log_every")
 FREE = ("overwrite", "resume", "output", "log_every", "save_every")  # may change when a run goes on
 
 
@@ -107,16 +108,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise RequestError(f"method {self.method!r} is not accepted{nearest(self.method, METHODS)}")
-        for name in (
-            "rank",
-            "alpha",
-            "samples",
-            "heldout_samples",
-            "batch_size",
-            "accumulation",
-            "save_every",
-            "log_every",
-        ):
+        for name in COUNTS:
             self._at_least(name, 1)
         self._at_least("length", 2)
         for name in ("max_steps", "learning_rate", "weight_decay", "warmup"):

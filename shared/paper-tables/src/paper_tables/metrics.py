@@ -264,10 +264,11 @@ def _metrics(found: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """lm-eval without its bars and notes; ours say what goes on."""
+    """lm-eval without its bars and notes, and without its survey of the machine (seconds, and git's complaints)."""
     import logging
 
     import tqdm
+    from lm_eval import evaluator
 
     logger = logging.getLogger("lm_eval")
     level, original = logger.level, tqdm.tqdm.__init__
@@ -275,11 +276,14 @@ def _quiet() -> Iterator[None]:
     def silent(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **{**kwargs, "disable": True})
 
+    survey = (evaluator.get_git_commit_hash, evaluator.add_env_info)
     logger.setLevel(logging.ERROR)
     tqdm.tqdm.__init__ = silent
+    evaluator.get_git_commit_hash, evaluator.add_env_info = (lambda: None), (lambda results: None)
     try:
         yield
     finally:
+        evaluator.get_git_commit_hash, evaluator.add_env_info = survey
         logger.setLevel(level)
         tqdm.tqdm.__init__ = original
 
