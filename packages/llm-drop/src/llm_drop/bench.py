@@ -130,8 +130,12 @@ def bench_calibration(model: Any, *, samples: int, length: int, batch_size: int,
         {"forwards": forwards, "score": lambda: score(model, ids, batch_size=batch_size)}, rounds=rounds, warmup=1
     )
     found = {"calibration_time": 1 / timed["score"].speedup}
-    few, many = (token_ids(model, n, min(length, 128)) for n in (16, 256))
-    peaks = [peak_memory(lambda ids=ids: score(model, ids, batch_size=batch_size)) for ids in (few, many)]
+
+    def peak(samples: int) -> float:
+        few = token_ids(model, samples, min(length, 128))
+        return peak_memory(lambda: score(model, few, batch_size=batch_size))
+
+    peaks = [peak(16), peak(256)]
     if all(peaks):
         found["calibration_peak_256_over_16"] = peaks[1] / peaks[0]
     return found

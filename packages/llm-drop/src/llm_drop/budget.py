@@ -73,11 +73,11 @@ def _cheapest(
             classes.setdefault((unit[0], *saving), []).append(unit)
     needs = tuple(amount for _, amount in wanted)
     front: list[tuple[float, tuple[float, ...], tuple[Unit, ...]]] = [(0.0, (0.0,) * len(needs), ())]
-    for (_, *saving), members in classes.items():
+    for (_, *savings_of_class), members in classes.items():
         grown = []
         for cost, saved, taken in front:
             for n in range(len(members) + 1):
-                now = tuple(min(s + n * d, need) for s, d, need in zip(saved, saving, needs, strict=True))
+                now = tuple(min(s + n * d, need) for s, d, need in zip(saved, savings_of_class, needs, strict=True))
                 grown.append((cost + _sum(importance, members[:n]), now, taken + tuple(members[:n])))
                 if now == needs:
                     break  # more of this class only costs more
@@ -196,7 +196,7 @@ def latency_costs(
     finally:
         for hook in hooks:
             hook.remove()
-    shape = {(s.kind, o): (s.kind, sum(p.numel() for p in s.module.parameters()),
+    shape: dict[Unit, tuple[Any, ...]] = {(s.kind, o): (s.kind, sum(p.numel() for p in s.module.parameters()),
                            getattr(s.module, "is_sliding", None), len(s.own_norms))
              for b, o in zip(parts.blocks, parts.original_index, strict=True) for s in b.sublayers}  # fmt: skip
     each = {u: statistics.median(_per_pass(times, modules[u])) for u, times in spent.items()}

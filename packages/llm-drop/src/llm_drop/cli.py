@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from llm_drop.train import train_command
 from model_hooks import RequestError
 from model_hooks.files import atomic_write, refuse_existing
 from paper_tables.cli import add_reproduce
@@ -233,6 +234,9 @@ def bench(
     if output is not None:
         atomic_write(output, json.dumps(plain(found), indent=1) + "\n")
     return found
+
+
+app.command("train")(train_command)
 
 
 def _paper() -> Any:

@@ -48,5 +48,5 @@ def apply(model: Any, plan: Plan, *, repair: Scores | None = None, check: bool =
         )
     if (layers := anatomy(model).num_original_layers) != plan.num_layers:
         raise FingerprintMismatch(f"the plan is for {plan.num_layers} layers, the model has {layers}; plan again")
-    bias = constants(plan, repair) if repair is not None else None
+    bias: Any = constants(plan, repair) if repair is not None else None
     return drop(model, attention=plan.attention, mlp=plan.mlp, bias=bias)

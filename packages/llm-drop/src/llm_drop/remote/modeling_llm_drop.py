@@ -125,7 +125,7 @@ class LLMDropConfig(PretrainedConfig):
         values.pop("chunk_size_feed_forward", None)  # holds a text that no stock class accepts, so that none loads this
         kwargs.pop("trust_remote_code", None)
         own = type(f"LLMDrop{base.__name__}", (base,), {"model_type": values["model_type"], "__module__": __name__})
-        return own.from_dict(values, **kwargs)
+        return own.from_dict(values, **kwargs)  # type: ignore[attr-defined]
 
 
 class LLMDropForCausalLM:
