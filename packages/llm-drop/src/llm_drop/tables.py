@@ -209,7 +209,8 @@ def _once_per_model(
     if cell.get("heal", "none") != "none":
         return make()
     units = () if plan is None else plan.units
-    after = (cell.get("repair", False) and cell["seed"], cell.get("bits", 16), cell.get("group", 32))
+    repaired_from = (cell["calibration"], cell["samples"], cell["length"], cell["seed"]) if cell.get("repair") else ()
+    after = (repaired_from, cell.get("bits", 16), cell.get("group", 32))
     return context.once((*_parent_key(cell), units, after, what), make)
 
 

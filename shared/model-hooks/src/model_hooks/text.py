@@ -137,14 +137,13 @@ def _json(path: Path) -> Iterator[str]:
 
 def _parquet(path: Path) -> Iterator[str]:
     try:
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise RequestError(f"{path}: reading Parquet needs pyarrow; install it, or give JSONL") from None
-    try:
-        batches = parquet.ParquetFile(path).iter_batches()
+        rows = _datasets().load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+        for number, row in enumerate(rows):
+            yield _text_of(row, f"{path}, row {number}")
+    except RequestError:
+        raise
     except Exception as error:
         raise RequestError(f"{path} is not a Parquet file ({str(error).splitlines()[0]})") from None
-    return (_text_of(row, f"{path}, row {n}") for n, row in enumerate(row for b in batches for row in b.to_pylist()))
 
 
 def _records(dataset: Iterable[Any]) -> Iterator[str]:

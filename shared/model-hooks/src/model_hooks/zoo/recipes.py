@@ -87,7 +87,7 @@ RECIPES: dict[str, Recipe] = {
     "gpt2": Recipe(
         config=gpt2,
         summary="a small GPT-2, trained shortly: the weak model of weak-to-strong filtering",
-        minutes=4,
+        minutes=10,
         limit_mb=2,
         stages=((0.0, 256), (0.6, 1024)),
     ),
