@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -262,6 +263,12 @@ def test_one_flipped_bit_anywhere_changes_it(place: int, bit: int, dtype: torch.
     before = tensor_digest(tensor)
     tensor.view(torch.int16)[place] ^= torch.tensor(1 << bit if bit < 15 else -(1 << 15), dtype=torch.int16)
     assert tensor_digest(tensor) != before
+
+
+def test_a_checkpoint_is_the_same_in_a_wider_precision() -> None:
+    stored = build("llama").to(torch.bfloat16)
+    assert fingerprint(copy.deepcopy(stored).to(torch.float32)) == fingerprint(stored)
+    assert fingerprint(build("llama")) != fingerprint(stored)  # what rounding changed is another model
 
 
 def test_shapes_and_dtypes_count_and_every_kind_of_tensor_is_taken() -> None:

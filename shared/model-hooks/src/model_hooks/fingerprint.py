@@ -14,7 +14,14 @@ SAMPLES = 4096
 
 
 def tensor_digest(tensor: Tensor) -> str:
-    """Hash of a tensor's shape, dtype, a sum over all its bits and a sample of its values."""
+    """Hash of a tensor's shape, dtype, a sum over all its bits and a sample of its values.
+
+    Weights that bfloat16 holds exactly count as bfloat16, so a checkpoint is the same one in whatever precision above
+    its own it is loaded.
+    """
+    if tensor.is_floating_point() and tensor.element_size() > 2 and tensor.device.type != "meta":
+        narrow = tensor.to(torch.bfloat16)
+        tensor = narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
     digest = hashlib.blake2b(f"{tuple(tensor.shape)}{tensor.dtype}".encode(), digest_size=8)
     flat = tensor.detach().flatten()
     if flat.numel() and flat.device.type != "meta":
