@@ -156,15 +156,17 @@ def _explain(source: str | Path, error: Exception) -> RequestError:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """transformers without its loading bars and messages; what they would say is checked here instead."""
-    from transformers.utils import logging
+    """transformers, and what it imports, without loading bars and messages; what they would say is checked here."""
+    import logging
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    from transformers.utils import logging as bars
+
+    below, shown = logging.root.manager.disable, bars.is_progress_bar_enabled()
+    logging.disable(logging.WARNING)
+    bars.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
+        logging.disable(below)
+        if shown:
+            bars.enable_progress_bar()

@@ -37,7 +37,7 @@ tbody tr:last-child > * { border-bottom: 1px solid #8a929c; }
 .not-measured { background: #eceef1; color: #56606b; }
 .detail { color: var(--soft); font-size: .8rem; font-family: ui-monospace, Menlo, Consolas, monospace; }
 code { font-size: .84em; color: var(--soft); }
-.plots { display: flex; flex-wrap: wrap; gap: 1rem; margin: 1rem 0; }
+.plots { display: flex; flex-wrap: wrap; align-items: flex-start; gap: 1rem; margin: 1rem 0; }
 .plots img { width: 540px; max-width: 100%; height: auto; border: 1px solid var(--line); border-radius: 6px; }
 .notes { margin: .4rem 0 0; padding-left: 1.1rem; } .wrong { color: #96201a; }
 @media print { body { max-width: none; padding: 0; } h3 { break-after: avoid; } .plots { break-inside: avoid; } }
