@@ -172,7 +172,6 @@ def evaluate(
 ) -> dict[str, Any]:
     """Bits per byte on text, lm-eval tasks, parameters and cache bytes, beside those of a baseline."""
     from llm_drop import workflow
-    from paper_tables.frame import plain
 
     if output is not None:
         refuse_existing(output, overwrite)
@@ -182,11 +181,7 @@ def evaluate(
         tasks=[t.strip() for t in tasks.split(",") if t.strip()], task_folder=task_folder, limit=limit or None,
         shots=None if shots < 0 else shots, batch_size=batch_size,
     )  # fmt: skip
-    if output is not None:
-        import json
-
-        atomic_write(output, json.dumps(plain({"model": model, "figures": rows}), indent=1) + "\n")
-    return {"figures": rows}
+    return _kept({"figures": rows}, output)
 
 
 @app.command()
@@ -220,20 +215,26 @@ def bench(
     overwrite: Overwrite = False,
 ) -> dict[str, Any]:
     """Speed beside its ideal, cache bytes, and what calibration and loading cost, on this machine."""
-    import json
-
     from llm_drop import bench as benchmark
     from llm_drop.plan import Plan
-    from paper_tables.frame import plain
 
     if output is not None:
         refuse_existing(output, overwrite)
     parent = load_model(model, dtype, device_map)[0] if model else benchmark.probe_model()
     plans = {file.stem: Plan.load(file) for file in plan or []}
     found = benchmark.run(parent, plans, context=context, new_tokens=new_tokens, rounds=rounds)
+    return _kept(found, output)
+
+
+def _kept(result: dict[str, Any], output: Path | None) -> dict[str, Any]:
+    """`result`, also written to `output` as JSON if that is given."""
+    import json
+
+    from paper_tables.frame import plain
+
     if output is not None:
-        atomic_write(output, json.dumps(plain(found), indent=1) + "\n")
-    return found
+        atomic_write(output, json.dumps(plain(result), indent=1) + "\n")
+    return result
 
 
 app.command("train")(train_command)
