@@ -81,13 +81,13 @@ RECIPES: dict[str, Recipe] = {
     "llama": Recipe(
         config=llama,
         summary="a dense Llama with grouped queries: 20 layers, so that dropping layers means something",
-        minutes=85,
+        minutes=82,
         limit_mb=8,
     ),
     "gpt2": Recipe(
         config=gpt2,
         summary="a small GPT-2, trained shortly: the weak model of weak-to-strong filtering",
-        minutes=10,
+        minutes=16,
         limit_mb=2,
         stages=((0.0, 256), (0.6, 1024)),
     ),

@@ -137,7 +137,7 @@ class Run:
             "minutes": round(self.budget / 60, 1),
             "device": torch.cuda.get_device_name()
             if self.device == "cuda"
-            else f"{torch.get_num_threads()} CPU threads",
+            else f"{torch.get_num_threads()} CPU thread(s)",
             "corpus": corpus.python_version(self.stdlib),
             "corpus_tokens": sum(map(len, self.stream.documents)),
             "torch": str(torch.__version__),
