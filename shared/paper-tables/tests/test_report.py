@@ -183,6 +183,15 @@ def test_notes_name_machine_seeds_and_failures(report):
     assert "KV share: keys and values in bytes" in notes
 
 
+def test_a_table_of_which_every_unit_failed_is_reported(tmp_path):
+    def broken(cell, context):
+        raise RuntimeError("no luck")
+
+    found = report_of(tmp_path, measured(tmp_path, broken, scales=("quick",)))
+    assert "quick: 0 of 5 units, 1 seed" in found.notes()
+    assert sum("failed: RuntimeError: no luck" in note for note in found.notes()) == 5
+
+
 def test_what_was_measured_otherwise_is_called_stale(tmp_path):
     measured(tmp_path, scales=["quick"])
     paper = demo.make_paper(tmp_path, text=demo.MAIN.replace("settings: {layers: 16}", "settings: {layers: 8}"))

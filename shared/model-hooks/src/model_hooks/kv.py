@@ -100,6 +100,17 @@ def kv_bytes(cache: Any) -> int:
     return total
 
 
+_checked: set[tuple[type, tuple[int, ...]]] = set()
+
+
+def check_once(model: Any) -> None:
+    """`self_check`, once a process for each class and choice of layers: it is about transformers, not the weights."""
+    key = (type(model), tuple(edit["block"] for edit in model.config.lean["edits"]))
+    if key not in _checked:
+        self_check(model)
+        _checked.add(key)
+
+
 @torch.no_grad()
 def self_check(model: Any) -> None:
     """Two tokens, then two more through the cache, must equal four at once. Raises RuntimeError where they do not."""

@@ -59,9 +59,9 @@ def load(
     _refuse_mismatch(source, info)
     model.eval()
     if (getattr(model.config, "lean", None) or {}).get("edits") and not _on_meta(model):
-        from .kv import self_check
+        from .kv import check_once
 
-        self_check(model)
+        check_once(model)
     return model, loaded_tokenizer
 
 

@@ -96,10 +96,10 @@ class TableReport:
         """Where and when it was measured, and what is missing, stale or failed: a line each."""
         lines = []
         for scale, found in self.scales.items():
-            days = found.days[0] if found.days[:1] == found.days[-1:] else f"{found.days[0]} to {found.days[-1]}"
             seeds = f"{found.seeds} seed" + ("" if found.seeds == 1 else "s")
-            lines.append(f"{LABELS[scale]}: {found.measured} of {found.units} units, {seeds}, "
-                         f"{' and '.join(found.machines)}, {days}")  # fmt: skip
+            days = " to ".join(dict.fromkeys((found.days[0], found.days[-1]))) if found.days else ""
+            where = [" and ".join(found.machines), days] if days else []
+            lines.append(", ".join([f"{LABELS[scale]}: {found.measured} of {found.units} units", seeds, *where]))
             if found.stale:
                 lines.append(f"{LABELS[scale]}: {found.stale} units were measured by other code or from other inputs "
                              "than there are now; `paper-tables run` measures them again")  # fmt: skip
