@@ -171,11 +171,14 @@ def test_the_card_states_what_is_measured() -> None:
     assert bits("zoo:llama") == pytest.approx(measured["heldout_bits_per_byte"], rel=0.15)  # of a part of the text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", tasks.TASKS)
-def test_llama_beats_chance(task: str) -> None:
+def test_llama_beats_chance_as_the_card_says(task: str) -> None:
+    """By three standard errors over all questions; some of them are asked again."""
+    stated = json.loads((zoo.resolve("zoo:llama") / "measurements.json").read_text())[task]
+    assert stated > tasks.CHANCE + 3 * (tasks.CHANCE * (1 - tasks.CHANCE) / tasks.SIZE) ** 0.5
     found = evaluate.accuracy(load("zoo:llama"), bpe(), zoo.questions(task)[:SAMPLE])
-    deviation = (tasks.CHANCE * (1 - tasks.CHANCE) / SAMPLE) ** 0.5
-    assert found > tasks.CHANCE + 2 * deviation
+    assert abs(found - stated) < 3 * (stated * (1 - stated) / SAMPLE) ** 0.5
 
 
 @pytest.mark.parametrize("task", tasks.TASKS)
