@@ -163,12 +163,14 @@ def test_llama_is_far_better_than_the_unigram_and_gpt2() -> None:
     assert bits("zoo:llama") < 0.8 * bits("zoo:gpt2")
 
 
+@pytest.mark.slow
 def test_the_card_states_what_is_measured() -> None:
     measured = json.loads((zoo.resolve("zoo:llama") / "measurements.json").read_text())
     card = (zoo.resolve("zoo:llama") / "README.md").read_text()
     assert f"| {measured['heldout_bits_per_byte']:.3f} |" in card
     assert all(f"| {task} accuracy | {measured[task]:.3f} | 0.25 (chance) |" in card for task in tasks.TASKS)
-    assert bits("zoo:llama") == pytest.approx(measured["heldout_bits_per_byte"], rel=0.15)  # of a part of the text
+    found = evaluate.bits_per_byte(load("zoo:llama"), bpe(), zoo.text("heldout"))
+    assert found == pytest.approx(measured["heldout_bits_per_byte"], rel=0.01)
 
 
 @pytest.mark.slow
@@ -200,7 +202,7 @@ def test_questions_are_fair_and_always_the_same(task: str) -> None:
 
 def test_recall_can_only_be_answered_from_the_table() -> None:
     for q in zoo.questions("zoo_recall"):
-        assert 480 <= len(bpe()(q.context)["input_ids"]) <= tasks.RECALL_TOKENS
+        assert 0.85 < len(bpe()(q.context)["input_ids"]) / tasks.RECALL_TOKENS < 1.05
         assert all(c.strip() in q.context for c in q.choices)
 
 
