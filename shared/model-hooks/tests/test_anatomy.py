@@ -127,7 +127,7 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "jamba": ("JambaForCausalLM", "JambaConfig", SMALL | HYBRID, "Mamba"),
     "recurrent_gemma": ("RecurrentGemmaForCausalLM", "RecurrentGemmaConfig", SMALL, "RecurrentBlock"),
     "gemma3n": ("Gemma3nForCausalLM", "Gemma3nTextConfig", SMALL | GEMMA3N, "block"),
-    "gemma4": ("Gemma4ForCausalLM", "Gemma4TextConfig", SMALL | GEMMA4, "write the KV cache, 0 did"),
+    "gemma4": ("Gemma4ForCausalLM", "Gemma4TextConfig", SMALL | GEMMA4, "KV cache, 0 did|KV cache failed"),
     "bloom": ("BloomForCausalLM", "BloomConfig", SMALL | {"n_layer": 4, "n_head": 4}, "around a residual stream"),
     "bert": ("BertLMHeadModel", "BertConfig", SMALL | {"is_decoder": True}, "expected|residual"),
 }  # fmt: skip

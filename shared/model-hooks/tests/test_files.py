@@ -172,7 +172,7 @@ def no_weights(folder: Path) -> None:
 
 def stock_type(folder: Path) -> None:
     """As a tool would that renames the model type: the dropped attention is then missing."""
-    edit_config(model_type="llama", chunk_size_feed_forward=0)(folder)
+    edit_config(model_type="llama", dtype="float32")(folder)
 
 
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {

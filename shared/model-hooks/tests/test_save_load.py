@@ -119,7 +119,8 @@ def test_the_stock_class_refuses_a_half_dropped_checkpoint_here_too(tmp_path: Pa
     with pytest.raises(Exception, match="import model_hooks and load with AutoModelForCausalLM"):
         transformers.LlamaForCausalLM.from_pretrained(tmp_path / "half")
     config = transformers.AutoConfig.from_pretrained(tmp_path / "half")
-    assert (type(config).__name__, config.chunk_size_feed_forward) == ("LeanLlamaConfig", 0)
+    assert (type(config).__name__, config.dtype) == ("LeanLlamaConfig", half("llama").dtype)
+    assert "dtype" not in config.lean
     assert transformers.AutoConfig.for_model("lean_llama").model_type == "lean_llama"
 
 

@@ -10,14 +10,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
 import torch
 
 from .errors import RequestError
 
+try:  # where transformers has a slot of its own for layers without keys, it knows that mask sizes are not asked of it
+    from transformers.cache_utils import DummyLayer as _Slot
+except ImportError:
+    _Slot = object
 
-class NoKV:
+
+class NoKV(_Slot):  # type: ignore[misc]
     """A cache slot that stores nothing. `is_sliding` is None: neither of the two mask look-ups may pick this slot."""
 
     is_sliding = None
@@ -75,14 +81,25 @@ def _before_forward(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         bound = inspect.signature(type(decoder).forward).bind_partial(decoder, *args, **kwargs).arguments
         kwargs = {**bound.pop("kwargs", {}), **{k: v for k, v in bound.items() if k != "self"}}
         args = ()
-    cache = kwargs.get("past_key_values")
+    name = _cache_argument(type(decoder).forward)
+    cache = kwargs.get(name)
+    if cache is None:
+        cache = kwargs.pop("past_key_values", None)
     if cache is None and _uses_cache(decoder, kwargs):
         from transformers import DynamicCache
 
-        cache = kwargs["past_key_values"] = DynamicCache(config=decoder.config)
+        cache = DynamicCache(config=decoder.config)
     if cache is not None:
         reserve(cache, decoder._no_kv)
+        kwargs[name] = cache
     return args, kwargs
+
+
+@lru_cache(maxsize=64)
+def _cache_argument(forward: Any) -> str:
+    """How a decoder's `forward` calls its cache: `cache` from transformers 5.24 on, `past_key_values` before."""
+    parameters = inspect.signature(forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
 
 
 def _uses_cache(decoder: Any, kwargs: dict[str, Any]) -> bool:
@@ -130,5 +147,5 @@ def self_check(model: Any) -> None:
     if length != 2 or (exact and error > 1e-3):
         raise RuntimeError(
             f"cached and uncached logits differ by {error:.1e} (cache length {length}, expected 2): the cache rules of "
-            f"transformers {transformers.__version__} are not those known here (5.15 to 5.23); please report it"
+            f"transformers {transformers.__version__} are not those known here (5.15 to 5.24); please report it"
         )

@@ -23,9 +23,9 @@ from .trace import first_tensor
 PREFIX = "lean_"
 VERSION = 1  # of the `lean` section
 
-# An integer in every stock configuration, which transformers checks and no decoder reads. The error that a stock class
-# raises shows the value, so the value says what to do.
-FUSE = ("chunk_size_feed_forward", "import model_hooks and load with AutoModelForCausalLM: layers were dropped")
+# Stands in config.json where the dtype does, which every configuration looks up in torch. The error that a stock class
+# raises shows the value, so the value says what to do. The real dtype is in the `lean` section meanwhile.
+FUSE = "import model_hooks and load with AutoModelForCausalLM: layers were dropped"
 
 
 class Zero(nn.Module):
@@ -111,13 +111,16 @@ def install_cache_rules(model: Any) -> None:
 @cache
 def lean_config_class(base: type) -> Any:
     """`LlamaConfig` -> `LeanLlamaConfig`, with model type `lean_llama`; its config.json holds the fuse."""
-    name, value = FUSE
 
     def to_diff_dict(self: Any) -> dict[str, Any]:  # what is written to config.json
-        return {**base.to_diff_dict(self), name: value}  # type: ignore[attr-defined]
+        values = base.to_diff_dict(self)  # type: ignore[attr-defined]
+        return {**values, "dtype": FUSE, "lean": {**self.lean, "dtype": values.get("dtype")}}
 
     def from_dict(cls: Any, config_dict: dict[str, Any], /, **kwargs: Any) -> Any:
-        known = {k: v for k, v in config_dict.items() if (k, v) != FUSE}
+        known = dict(config_dict)
+        if known.get("dtype") == FUSE:
+            known["lean"] = {k: v for k, v in known["lean"].items() if k != "dtype"}
+            known["dtype"] = config_dict["lean"].get("dtype")
         return base.from_dict.__func__(cls, known, **kwargs)  # type: ignore[attr-defined]
 
     body = {"to_diff_dict": to_diff_dict, "from_dict": classmethod(from_dict), "__module__": __name__}

@@ -84,10 +84,14 @@ def reserve_cache(decoder, dropped):
             bound = signature.bind_partial(module, *args, **kwargs).arguments
             kwargs = {**bound.pop("kwargs", {}), **{k: v for k, v in bound.items() if k != "self"}}
             args = ()
-        cache, wanted = kwargs.get("past_key_values"), kwargs.get("use_cache")
+        name = "cache" if "cache" in signature.parameters else "past_key_values"  # renamed in transformers 5.24
+        cache, wanted = kwargs.get(name), kwargs.get("use_cache")
+        if cache is None:
+            cache = kwargs.pop("past_key_values", None)
         if cache is None and (module.config.use_cache if wanted is None else wanted):
-            cache = kwargs["past_key_values"] = DynamicCache(config=module.config)
+            cache = DynamicCache(config=module.config)
         if cache is not None:
+            kwargs[name] = cache
             for index in dropped:
                 while index >= len(cache.layers):
                     cache.layers.append(cache.layer_class_to_replicate())
@@ -122,7 +126,7 @@ class LLMDropConfig(PretrainedConfig):
     def from_pretrained(cls, path, **kwargs):
         values, kwargs = PretrainedConfig.get_config_dict(path, **kwargs)
         base = CONFIG_MAPPING[values["lean"]["base_model_type"]]
-        values.pop("chunk_size_feed_forward", None)  # holds a text that no stock class accepts, so that none loads this
+        values["dtype"] = values["lean"].pop("dtype")  # in its place is a text that no stock class accepts
         kwargs.pop("trust_remote_code", None)
         own = type(f"LLMDrop{base.__name__}", (base,), {"model_type": values["model_type"], "__module__": __name__})
         return own.from_dict(values, **kwargs)  # type: ignore[attr-defined]
