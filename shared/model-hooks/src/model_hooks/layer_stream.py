@@ -107,11 +107,20 @@ class LayerStream:
             yield
 
     def stored(self, module: str) -> dict[str, Tensor]:
-        """The weights of a resident module under the names, and in the layout, in which files hold them."""
+        """The weights of a resident module under the names, and in the layout and dtype, in which files hold them."""
         from transformers.core_model_loading import revert_weight_conversion
 
         tensors = {f"{module}.{n}": t for n, t in self.model.get_submodule(module).state_dict().items()}
-        return {name: _alone(tensor) for name, tensor in revert_weight_conversion(self.model, tensors).items()}
+        reverted = revert_weight_conversion(self.model, tensors)
+        return {name: _alone(tensor.to(self._stored_dtype(name))) for name, tensor in reverted.items()}
+
+    def _stored_dtype(self, key: str) -> torch.dtype:
+        """The dtype of a tensor in its file: transformers holds some weights (routers) in a wider one."""
+        from safetensors import safe_open
+
+        with safe_open(self.files[key], framework="pt") as opened:
+            part = opened.get_slice(key)
+            return (part[:0] if part.get_shape() else opened.get_tensor(key)).dtype  # type: ignore[no-any-return]
 
     def read(self, keys: list[str]) -> dict[str, Tensor]:
         """Tensors as the files hold them."""
