@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 from llm_drop import select
+from llm_drop.stages import pretrain
 from llm_drop.tables import FIGURES, PAPER, plan_of_cell, run, scores_of_cell
 
+from model_hooks import fingerprint
 from paper_tables import Context
 from paper_tables.errors import TableError
 
@@ -36,7 +38,7 @@ def test_every_table_reads_and_names_known_figures() -> None:
         for scale in table.scales:
             for unit in table.units(scale):
                 assert set(unit.cell["figures"]) <= set(FIGURES), f"{table.id}/{scale}"
-    assert all("quick" in t.scales and "tiny" in t.scales for name, t in tables.items() if name != "stages")
+    assert all("quick" in t.scales and "tiny" in t.scales for t in tables.values())
     assert sum(len(t.claims) for t in tables.values()) >= 20
 
 
@@ -118,3 +120,14 @@ def test_unknown_words_name_the_nearest(cell: dict[str, Any], context: Context) 
         run({**cell, "method": "atention"}, context)
     with pytest.raises(TableError, match="did you mean 'language'"):
         run({**cell, "figures": ["langage"]}, context)
+
+
+def test_stages_are_points_of_one_run(cell: dict[str, Any], context: Context) -> None:
+    cell |= {"pretrain": {"steps": [1, 3], "layers": 2}, "model": "zoo:llama", "method": "none", "length": 32}
+    cell["figures"] = ["similarity"]
+    early, late = run({**cell, "step": 1}, context), run({**cell, "step": 3}, context)
+    assert early["attention_similarity"] > late["attention_similarity"]  # what blocks add starts at zero
+    (short,) = pretrain([1], layers=2).values()
+    assert fingerprint(short) == fingerprint(pretrain([1, 3], layers=2)[1])
+    with pytest.raises(ValueError, match="ascending"):
+        pretrain([3, 1], layers=2)

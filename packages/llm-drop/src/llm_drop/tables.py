@@ -4,6 +4,8 @@ A row names what is dropped (`method` and `n`), how it is chosen and what follow
 measured of the result. Every parameter:
 
     model, revision, dtype             the model; `calibration`, `samples`, `length`: what it is scored on
+    step                               a stage of pre-training: fills {step} in `revision`, or, with `pretrain`, takes
+                                       the model as it was after so many steps of a short run (llm_drop.stages)
     method                             none, attention, mlp, block or joint
     n | share                          how many sublayers (or blocks), or which share of those that the model has
     selection                          discrete (default), consecutive, iterative, or random (a control)
@@ -39,7 +41,7 @@ KEYWORD = {"attention": "attention", "mlp": "mlp", "block": "blocks", "joint": "
 
 def run(cell: Cell, context: Context) -> dict[str, Any]:
     """Measure one row for one seed."""
-    parent, _tokenizer = context.latest("parent", _parent_key(cell), lambda: _load(cell))
+    parent, _ = _parent(cell, context)
     plan = plan_of_cell(cell, context)
     dropped = _dropped(cell, context, parent, plan)
     found: dict[str, Any] = {}
@@ -51,7 +53,29 @@ def run(cell: Cell, context: Context) -> dict[str, Any]:
 
 
 def _parent_key(cell: Cell) -> tuple[Any, ...]:
-    return cell["model"], cell.get("revision"), cell.get("dtype", "float32")
+    stage = (cell["seed"], cell["pretrain"]["layers"]) if "pretrain" in cell else ()
+    return cell["model"], cell.get("revision"), cell.get("step"), cell.get("dtype", "float32"), *stage
+
+
+def _parent(cell: Cell, context: Context) -> tuple[Any, Any]:
+    """The undropped model of the row and its tokenizer."""
+    make = (lambda: _stage(cell, context)) if "pretrain" in cell else (lambda: _load(cell))
+    pair: tuple[Any, Any] = context.latest("parent", _parent_key(cell), make)
+    return pair
+
+
+def _stage(cell: Cell, context: Context) -> tuple[Any, Any]:
+    from llm_drop.stages import pretrain
+    from model_hooks.loading import load_tokenizer
+
+    steps, layers, seed = cell["pretrain"]["steps"], cell["pretrain"]["layers"], cell["seed"]
+
+    def make() -> dict[int, Any]:
+        with context.progress("pre-training", steps[-1]) as bar:
+            return pretrain(steps, layers=layers, seed=seed, progress=bar.advance)
+
+    models = context.latest("stages", (tuple(steps), layers, seed), make)
+    return models[cell["step"]], load_tokenizer(cell["model"])
 
 
 def _load(cell: Cell) -> tuple[Any, Any]:
@@ -59,7 +83,7 @@ def _load(cell: Cell) -> tuple[Any, Any]:
 
     import model_hooks
 
-    options = {"revision": cell["revision"]} if cell.get("revision") else {}
+    options = {"revision": cell["revision"].format(step=cell.get("step"))} if cell.get("revision") else {}
     device_map = "auto" if torch.cuda.is_available() else None
     return model_hooks.load(cell["model"], dtype=cell.get("dtype", "float32"), device_map=device_map, **options)
 
@@ -67,7 +91,7 @@ def _load(cell: Cell) -> tuple[Any, Any]:
 def _sequences(cell: Cell, context: Context) -> Any:
     from model_hooks.text import load_sequences
 
-    _, tokenizer = context.latest("parent", _parent_key(cell), lambda: _load(cell))
+    _, tokenizer = _parent(cell, context)
     source, samples, length = cell["calibration"], cell["samples"], cell["length"]
     seed = cell["seed"] or None  # seed 0: the first sequences, as the paper takes them
     key = ("sequences", _parent_key(cell), source, samples, length, seed)
@@ -76,7 +100,7 @@ def _sequences(cell: Cell, context: Context) -> Any:
 
 def scores_of_cell(cell: Cell, context: Context, model: Any = None) -> Scores:
     """Scores of the row's model on the row's calibration data; those of the undropped model are made once."""
-    parent, _ = context.latest("parent", _parent_key(cell), lambda: _load(cell))
+    parent, _ = _parent(cell, context)
     sequences = _sequences(cell, context)
 
     def make() -> Scores:
@@ -126,7 +150,7 @@ def _random_plan(scores: Scores, method: str, n: int, seed: int) -> Plan:
 
 
 def _iterative_plan(cell: Cell, context: Context, step: dict[str, int], rounds: int) -> Plan:
-    parent, _ = context.latest("parent", _parent_key(cell), lambda: _load(cell))
+    parent, _ = _parent(cell, context)
 
     def measure(taken: Plan | None) -> Scores:
         if taken is None:
@@ -173,7 +197,7 @@ def _healed(cell: Cell, plan: Plan | None) -> Any:
 def _language(cell: Cell, context: Context, model: Any, plan: Plan | None) -> dict[str, Any]:
     from llm_drop.eval import excerpts, language
 
-    _, tokenizer = context.latest("parent", _parent_key(cell), lambda: _load(cell))
+    _, tokenizer = _parent(cell, context)
     texts = excerpts(cell["text"], cell.get("documents"), cell.get("characters"))
     found = _once_per_model(
         cell, context, plan, ("language", cell["text"], cell.get("documents"), cell.get("characters")),
@@ -185,7 +209,7 @@ def _language(cell: Cell, context: Context, model: Any, plan: Plan | None) -> di
 def _tasks(cell: Cell, context: Context, model: Any, plan: Plan | None) -> dict[str, Any]:
     from llm_drop.eval import accuracies
 
-    _, tokenizer = context.latest("parent", _parent_key(cell), lambda: _load(cell))
+    _, tokenizer = _parent(cell, context)
     shots, limit, batch = cell.get("shots") or {}, cell.get("limit"), cell.get("batch_size", 8)
 
     def measure() -> dict[str, dict[str, float]]:
@@ -217,7 +241,7 @@ def _once_per_model(
 def _cost(cell: Cell, context: Context, model: Any, plan: Plan | None) -> dict[str, Any]:
     from llm_drop.eval import size
 
-    parent, _ = context.latest("parent", _parent_key(cell), lambda: _load(cell))
+    parent, _ = _parent(cell, context)
     whole, left = size(parent), size(model)
     return {
         "kv": left["kv_bytes"] / whole["kv_bytes"],
@@ -228,7 +252,7 @@ def _cost(cell: Cell, context: Context, model: Any, plan: Plan | None) -> dict[s
 def _speed(cell: Cell, context: Context, model: Any, plan: Plan | None) -> dict[str, Any]:
     from llm_drop.bench import speed
 
-    parent, _ = context.latest("parent", _parent_key(cell), lambda: _load(cell))
+    parent, _ = _parent(cell, context)
     if plan is None:
         return {"prefill": 1.0, "decode": 1.0}
     found = speed(
@@ -240,7 +264,7 @@ def _speed(cell: Cell, context: Context, model: Any, plan: Plan | None) -> dict[
 
 def _kept(cell: Cell, context: Context, model: Any, plan: Plan | None) -> dict[str, Any]:
     """Mean accuracy as a share of the undropped model's, in percent."""
-    parent, _ = context.latest("parent", _parent_key(cell), lambda: _load(cell))
+    parent, _ = _parent(cell, context)
     own = _tasks(cell, context, model, plan)["accuracy"]
     whole = _tasks({**cell, "heal": "none", "bits": 16, "repair": False}, context, parent, None)["accuracy"]
     ratio = own["value"] / whole["value"]
