@@ -10,6 +10,7 @@ import pytest
 import torch
 from llm_drop import Plan, apply, bench
 from llm_drop.cli import app
+from llm_drop.live import peak_tensor_bytes
 from llm_drop.speculative import sharing_copy
 from typer.testing import CliRunner
 
@@ -28,6 +29,27 @@ def test_peak_memory_sees_what_work_needs_and_nothing_of_the_work_before() -> No
     assert small < large / 16
 
 
+def test_live_tensors_are_counted_until_they_are_freed() -> None:
+    old = torch.ones(1 << 16)
+    one, kept, views = (
+        peak_tensor_bytes(work)
+        for work in (
+            lambda: [old.add(i).sum() for i in range(8)],
+            lambda: [old.add(i) for i in range(8)],
+            lambda: [old.view(2, -1), old[:5]],
+        )
+    )
+    assert one == (4 << 16) + 4 * 8  # the last sum is made while its summand and the earlier sums live
+    assert kept == 8 * (4 << 16)
+    assert views == 0
+
+
+def test_calibration_needs_a_small_part_of_what_storing_would() -> None:
+    found = bench.bench_calibration(bench.probe_model(4, 64), samples=4, length=128, batch_size=4, rounds=1)
+    assert found["calibration_peak_256_over_16"] <= 1.05
+    assert found["calibration_peak_over_stored_64"] <= 0.5
+
+
 @pytest.mark.slow
 def test_the_benchmark_of_a_small_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run whole, on a model small enough to be quick; its speeds are noise, its bytes are not."""
@@ -40,7 +62,8 @@ def test_the_benchmark_of_a_small_probe(tmp_path: Path, monkeypatch: pytest.Monk
     assert json.loads(result.stdout) == found
     assert [row["kv_bytes"] for row in found["speed"]] == [0.75, 0.5]
     assert found["static_kv"] == 0.5
-    assert found["calibration_peak_256_over_16"] > 0
+    assert found["calibration_peak_256_over_16"] <= 1.05
+    assert found["calibration_peak_over_stored_64"] < 1
     assert found["machine"]
 
 

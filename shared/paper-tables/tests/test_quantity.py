@@ -72,7 +72,8 @@ def test_unpaired_errors_add_in_quadrature(a, b):
         pytest.param({0: (2.0, None)}, 2.0, 0.0, id="one seed, no error"),
         pytest.param({0: (2.0, 0.3), 1: (2.0, 0.5)}, 2.0, 0.4, id="equal values: the mean of their own errors"),
         pytest.param({0: (2.0, 0.3), 1: (2.0, None)}, 2.0, 0.3, id="an error that is not known is not zero"),
-        pytest.param({0: (1.0, 9.0), 1: (3.0, 9.0)}, 2.0, 1.0, id="over seeds, not the metric's own"),
+        pytest.param({0: (1.0, 0.3), 1: (3.0, 0.3)}, 2.0, 1.0, id="over seeds, where that is larger"),
+        pytest.param({0: (1.0, 9.0), 1: (3.0, 7.0)}, 2.0, 8.0, id="the metric's own, where that is larger"),
     ],
 )
 def test_merging_seeds(by_seed, value, se):

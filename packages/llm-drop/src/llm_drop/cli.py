@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from llm_drop.train import train_command
-from model_hooks import RequestError
 from model_hooks.files import atomic_write, refuse_existing
+from model_hooks.loading import load_placed
 from paper_tables.cli import add_reproduce
 from paper_tables.frame import make_app
 
@@ -21,20 +21,6 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is th
 Data = Annotated[str, typer.Option(help="Text: a file, a hub dataset (owner/name[:config[:split]]) or zoo:PART.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as the checkpoint is stored.")]
 DeviceMap = Annotated[str, typer.Option(help="auto spreads the model over all GPUs; empty: one device.")]
-
-
-def load_model(source: str, dtype: str = "auto", device_map: str = "") -> tuple[Any, Any]:
-    """Model and tokenizer of `source`, on the first GPU where there is one and no device map was given."""
-    import torch
-
-    import model_hooks
-
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise RequestError(f"dtype {dtype!r} is not accepted; give auto, float32, bfloat16 or float16")
-    model, tokenizer = model_hooks.load(source, dtype=dtype, device_map=device_map or None)
-    if torch.cuda.is_available() and not device_map:
-        model.to("cuda")
-    return model, tokenizer
 
 
 @app.command()
@@ -68,7 +54,7 @@ def score(
     else:
         journal = output.with_name(f".{output.name}.journal")
         found = workflow.score_source(
-            model, data, **sizes, load=lambda: load_model(model, dtype, device_map), journal=journal
+            model, data, **sizes, load=lambda: load_placed(model, dtype, device_map), journal=journal
         )
     found.save(output, overwrite=overwrite)
     return {"scores": output, **workflow.summary(found)}
@@ -105,7 +91,7 @@ def plan(
     budgets = {k: v for k, v in (("kv", kv_budget), ("latency", latency_budget), ("parameters", parameter_budget)) if v}
     chosen, said = workflow.make_plan(
         found, counts, budgets, consecutive=consecutive, iterative=iterative, objective=objective, context=context,
-        stability=stability, load=lambda: load_model(model or found.model, dtype, device_map),
+        stability=stability, load=lambda: load_placed(model or found.model, dtype, device_map),
     )  # fmt: skip
     chosen.save(output, overwrite=overwrite)
     return {"plan": output, "drops": chosen.describe(), **said}
@@ -148,7 +134,7 @@ def drop(
     refuse_existing(output, overwrite)
     return workflow.drop_to_folder(
         model, plan, output, to=to, repair=repair, measure=measure, overwrite=overwrite,
-        load=lambda: load_model(model, dtype, device_map),
+        load=lambda: load_placed(model, dtype, device_map),
     )  # fmt: skip
 
 
@@ -176,7 +162,7 @@ def evaluate(
     if output is not None:
         refuse_existing(output, overwrite)
     rows = workflow.evaluate_models(
-        model, plan, baseline, load=lambda source: load_model(source, dtype, device_map), data=data,
+        model, plan, baseline, load=lambda source: load_placed(source, dtype, device_map), data=data,
         documents=documents or None, characters=characters or None,
         tasks=[t.strip() for t in tasks.split(",") if t.strip()], task_folder=task_folder, limit=limit or None,
         shots=None if shots < 0 else shots, batch_size=batch_size,
@@ -198,7 +184,7 @@ def generate(
     from llm_drop.plan import Plan
 
     chosen = Plan.load(plan)
-    whole, tokenizer = load_model(model, dtype, device_map)
+    whole, tokenizer = load_placed(model, dtype, device_map)
     return workflow.generate_text(whole, tokenizer, chosen, prompt, max_new_tokens)
 
 
@@ -220,7 +206,7 @@ def bench(
 
     if output is not None:
         refuse_existing(output, overwrite)
-    parent = load_model(model, dtype, device_map)[0] if model else benchmark.probe_model()
+    parent = load_placed(model, dtype, device_map)[0] if model else benchmark.probe_model()
     plans = {file.stem: Plan.load(file) for file in plan or []}
     found = benchmark.run(parent, plans, context=context, new_tokens=new_tokens, rounds=rounds)
     return _kept(found, output)

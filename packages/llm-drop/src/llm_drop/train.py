@@ -11,23 +11,21 @@ command is given again. With several machines, the output lies on a disk that al
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import os
-import re
 import shutil
 import sys
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Any
 
 import torch
 
 from llm_drop.prepare import LOG, RECORD, START, TRAINED, on_cpu, prepare
 from model_hooks import Card, RequestError
-from paper_tables import tables_folder
 from paper_tables.errors import nearest
+from paper_tables.options import command_of, deepspeed_file, is_main_process, run_module
 
 METHODS = {"lora": 2e-4, "full": 1e-5}  # with their usual learning rates
 COUNTS = ("rank", "alpha", "samples", "heldout_samples", "batch_size", "accumulation", "save_every", "log_every")
@@ -153,27 +151,10 @@ class TrainConfig:
         """The parent to distill from; empty without distillation."""
         return (self.parent or self.model) if self.distill else ""
 
-    @property
-    def deepspeed_file(self) -> str | None:
-        """The DeepSpeed configuration to use: one that ships with the package, or the user's."""
-        if not self.deepspeed:
-            return None
-        tables = tables_folder(__file__)
-        shipped = tables.with_name(tables.name.replace("tables", "configs")) / "deepspeed"
-        names = {file.stem: file for file in shipped.glob("*.json")}
-        path = names.get(self.deepspeed, Path(self.deepspeed))
-        if not path.is_file():
-            raise RequestError(f"deepspeed {self.deepspeed!r} is neither a file nor one of {', '.join(sorted(names))}")
-        return str(path)
-
     def settings(self) -> dict[str, Any]:
         """What decides the result: a run goes on only with the same."""
         values = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items() if k not in FREE}
         return values | {"processes": int(os.environ.get("WORLD_SIZE", "1"))}
-
-
-def is_main_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -195,7 +176,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         require(module, extra="train", package="llm-drop")
     refuse_existing(config.output, config.overwrite)
     refuse_overlap(config.output, config.model)
-    deepspeed = config.deepspeed_file
+    deepspeed = deepspeed_file(__file__, config.deepspeed)
     if is_main_process():
         prepare(config)
     from accelerate import PartialState
@@ -262,50 +243,14 @@ def _card(config: TrainConfig, prepared: dict[str, Any], result: dict[str, Any])
     )
 
 
-def train_command(**options: Any) -> dict[str, Any]:
-    """Heal a dropped model by a short training: LoRA or all weights, on one device or many."""
-    import typer
-
-    result = train(TrainConfig(**options))
-    if not is_main_process():
-        raise typer.Exit  # the result is printed once
-    return result
-
-
-def _signature() -> inspect.Signature:
-    """The options of the command: the fields of `TrainConfig`, with the help that its manual holds."""
-    import typer
-
-    manual = dict(re.findall(r"^    (\w+): (.*)$", inspect.getdoc(TrainConfig) or "", re.MULTILINE))
-    hints = get_type_hints(TrainConfig)
-    parameters = []
-    for f in fields(TrainConfig):
-        spelled = [f"--{f.name.replace('_', '-')}"]
-        if f.name == "output":
-            spelled.append("-o")
-        elif f.name == "resume":
-            spelled = ["--resume/--no-resume"]
-        option = typer.Option(*spelled, help=manual.get(f.name, ""))
-        default = inspect.Parameter.empty if f.default is MISSING else f.default
-        annotation = Annotated[hints[f.name], option]  # type: ignore[valid-type,name-defined]
-        parameters.append(
-            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-        )
-    return inspect.Signature(parameters)
-
-
-train_command.__signature__ = _signature()  # type: ignore[attr-defined]
+train_command = command_of(
+    TrainConfig, train, "Heal a dropped model by a short training: LoRA or all weights, on one device or many."
+)
 
 
 def main(argv: list[str] | None = None) -> None:
     """`python -m llm_drop.train`, for launchers; the same as the verb `train` of `llm-drop`."""
-    from paper_tables.frame import make_app
-
-    given = sys.argv[1:] if argv is None else argv
-    given = [a for a in given if not a.startswith(("--local_rank=", "--local-rank="))]  # deepspeed adds it
-    app = make_app("llm_drop.train", help="Heal a dropped model.")
-    app.command("train")(train_command)
-    app(["train", *given], prog_name="python -m llm_drop.train")
+    run_module("llm_drop.train", train_command, sys.argv[1:] if argv is None else argv, "Heal a dropped model.")
 
 
 if __name__ == "__main__":

@@ -21,21 +21,28 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def atomic_write(path: str | Path, content: str | bytes) -> None:
-    """Write `content` to `path` so that a crash or a full disk leaves the old file, or the new one, never a part."""
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """The path of an empty file beside `path` that takes its place when the block ends well, and vanishes when not."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(descriptor)
+    temporary = Path(name)
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        _sync(temporary)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+
+
+def atomic_write(path: str | Path, content: str | bytes) -> None:
+    """Write `content` to `path` so that a crash or a full disk leaves the old file, or the new one, never a part."""
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def refuse_existing(path: str | Path, overwrite: bool) -> None:

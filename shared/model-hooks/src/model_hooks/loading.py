@@ -75,6 +75,21 @@ def _auto_class(where: str, kwargs: dict[str, Any]) -> Any:
     return AutoModelForImageTextToText if only_with_images else AutoModelForCausalLM
 
 
+def load_placed(source: str | Path, dtype: str = "auto", device_map: str = "") -> tuple[Any, Any]:
+    """`load` as commands want it: on the first GPU where there is one, unless `device_map` ("auto") spreads the model.
+
+    dtype: float32, bfloat16, float16, or auto, as the checkpoint is stored. Raises `RequestError` for another.
+    """
+    import torch
+
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise RequestError(f"dtype {dtype!r} is not accepted; give auto, float32, bfloat16 or float16")
+    model, tokenizer = load(source, dtype=dtype, device_map=device_map or None)
+    if torch.cuda.is_available() and not device_map:
+        model.to("cuda")
+    return model, tokenizer
+
+
 def load_tokenizer(source: str | Path) -> Any:
     """The tokenizer of `source` alone."""
     from transformers import AutoTokenizer

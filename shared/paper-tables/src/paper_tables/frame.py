@@ -218,7 +218,7 @@ def _errors(debug: bool) -> Iterator[None]:
             raise typer.Exit(1) from None
         hint = "" if debug or isinstance(error, WorkFailed) else " (--debug shows the traceback)"
         message = str(error) if isinstance(error, WorkFailed) else one_line(error)
-        _stop(f"{message}{hint}", 1)
+        _stop(f"{message}{hint}", error.exit_code if isinstance(error, WorkFailed) else 1)
 
 
 def _stop(message: str, code: int) -> None:

@@ -34,8 +34,8 @@ class Quantity:
 def merge(by_seed: Mapping[int, tuple[float, float | None]]) -> Quantity | None:
     """One cell from its seeds' (value, own standard error or None). None where nothing was measured.
 
-    The value is the mean. The error is the standard error over seeds; with one seed, or where all seeds gave the same
-    value, it is the metric's own (its mean over seeds: repeating the same measurement does not make it surer).
+    The value is the mean. The error is the larger of two: the standard error over seeds, and the metric's own (its
+    mean over seeds: repeating the same measurement does not make it surer).
     """
     if not by_seed:
         return None
@@ -44,7 +44,7 @@ def merge(by_seed: Mapping[int, tuple[float, float | None]]) -> Quantity | None:
     own = fmean(errors) if errors else 0.0
     if len(samples) == 1:
         return Quantity(next(iter(samples.values())), own)
-    return Quantity(fmean(samples.values()), spread(list(samples.values())) or own, samples)
+    return Quantity(fmean(samples.values()), max(spread(list(samples.values())), own), samples)
 
 
 def spread(values: Sequence[float]) -> float:

@@ -1,0 +1,60 @@
+"""How good is a student: the loss on the answers of held-out records, and any lm-eval task.
+
+python -m superfiltering.eval MODEL --data heldout.jsonl       # = superfiltering eval
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from instruct_data.records import Records
+
+Figure = dict[str, float]
+
+
+def answer_loss(
+    model: Any, tokenizer: Any, records: Records, *, template: str = "alpaca", max_length: int = 1024
+) -> dict[str, Any]:
+    """`loss`: mean loss of the answers' tokens given their prompts, nats a token, with its standard error over records;
+    `records` and `tokens` that it is over."""
+    from instruct_data.scoring import score
+    from instruct_data.templates import template as template_named
+    from paper_tables import progress
+    from superfiltering.scores import pairs_of
+
+    pairs = list(pairs_of(records, template_named(template, tokenizer)))
+    with progress("tokens scored") as bar:
+        table = score(model, tokenizer, pairs, compat="aligned", max_length=max_length, progress=bar).table()
+    total, count = (table[name].to_numpy().astype(np.float64) for name in ("loss_cond_sum", "n_cond"))
+    used = np.isfinite(total) & (count > 0)
+    total, count = total[used], count[used]
+    value = total.sum() / count.sum()
+    spread = math.sqrt(((total - value * count) ** 2).sum()) / count.sum()  # of a ratio of sums over records
+    return {"loss": {"value": value, "se": spread}, "records": int(used.sum()), "tokens": int(count.sum())}
+
+
+def task_accuracies(
+    model: Any, tokenizer: Any, tasks: Sequence[str], *, folder: Path | None = None, limit: int | None = None
+) -> dict[str, Figure]:
+    """Each lm-eval task's figures; those that begin with `zoo_` are the zoo's, built offline."""
+    if not tasks:
+        return {}
+    from model_hooks import zoo
+    from paper_tables import metrics
+
+    ours = all(task.startswith("zoo_") for task in tasks)
+    found = metrics.lm_eval_tasks(model, tokenizer, tasks, folder=zoo.tasks_dir() if ours else folder, limit=limit)
+    return {task: next(iter(figures.values())) for task, figures in found.items()}
+
+
+if __name__ == "__main__":
+    import sys
+
+    from superfiltering.cli import app
+
+    app(["eval", *sys.argv[1:]], prog_name="python -m superfiltering.eval")

@@ -1,0 +1,259 @@
+"""Scores of records: made by the scoring engine of instruct_data, kept as one Parquet file, read again by every verb.
+
+A file holds one row per assistant turn, so that how turns become one score is decided when it is read. The original's
+JSON lines (`{"ppl": [0, direct, 0, cond], "loss": [...]}`, bare NaN included) and records that carry `ifd_ppl` are read
+as well.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from instruct_data.records import Record, Records
+from instruct_data.scoring import Pair, merge, score
+from instruct_data.scoring.results import SCHEMA as ENGINE
+from instruct_data.scoring.shards import ranks
+from instruct_data.templates import template as template_named
+from model_hooks import FingerprintMismatch, RequestError
+from model_hooks.files import atomic_file, atomic_write
+
+from .select import Turns, aggregate
+
+By = Literal["ifd_ppl", "ifd_loss"]
+BY = ("ifd_ppl", "ifd_loss")
+FACTS = b"superfiltering"  # the key of the run's facts in the Parquet file's metadata
+SCHEMA = pa.schema([("id", pa.string()), ("record", pa.int64()), ("turn", pa.int32()), *list(ENGINE)[2:]])
+
+
+@dataclass(frozen=True)
+class RecordScores:
+    """One score a record. `ifd_ppl`, `ifd_loss`: float64 [records], NaN for none; `tokens`: of the answers, 0 if unknown.
+
+    columns: further float64 columns by name. facts: of the run that made them, {} where there are none.
+    """
+
+    ids: list[str]
+    ifd_ppl: NDArray[np.float64]
+    ifd_loss: NDArray[np.float64]
+    tokens: NDArray[np.int64]
+    statuses: list[str]
+    columns: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def by(self, name: str) -> NDArray[np.float64]:
+        if name not in BY:
+            raise RequestError(f"no score {name!r}; choose one of {', '.join(BY)}")
+        found: NDArray[np.float64] = getattr(self, name)
+        return found
+
+    def side_columns(self, position: int) -> dict[str, Any]:
+        """What a written record carries of its score; None where undefined."""
+        values = {"ifd_ppl": self.ifd_ppl, "ifd_loss": self.ifd_loss, **self.columns}
+        return {name: _or_none(column[position]) for name, column in values.items()}
+
+
+def _or_none(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def pairs_of(records: Iterable[Record], prompt: Callable[[Any], str]) -> Iterator[Pair]:
+    """A pair for every assistant turn, keyed `id<TAB>record<TAB>turn`."""
+    for position, record in enumerate(records):
+        for turn, example in enumerate(record.examples):
+            yield Pair(f"{record.id}\t{position}\t{turn}", prompt(example), example.response)
+
+
+def score_records(
+    model: Any,
+    tokenizer: Any,
+    records: Records,
+    output: str | Path,
+    *,
+    template: str = "none",
+    name: str = "",
+    progress: Callable[[int, int], Any] | None = None,
+    **engine: Any,
+) -> dict[str, Any]:
+    """Score every assistant turn and write `output` (Parquet), whole or not at all. Returns the run's facts.
+
+    A killed run goes on when it is called again with the same arguments: what is done is in a folder beside the output
+    until it is written. Under a launcher (RANK and WORLD_SIZE) each process scores its share, and the last one to finish
+    writes; for the others the facts have `pending`, the ranks that are still at work. `engine`: options of
+    `instruct_data.scoring.score`.
+    """
+    output = Path(output)
+    work = work_folder(output)
+    prompt = template_named(template, tokenizer)
+    settings = {"template": template}
+    rank, world = ranks(engine.pop("rank", None), engine.pop("world", None))
+    score(
+        model, tokenizer, pairs_of(records, prompt), folder=work, rank=rank, world=world, settings=settings,
+        progress=progress, **engine,
+    )  # fmt: skip
+    with _locked(work / "merge.lock"):
+        if output.exists() and world > 1:
+            return {"pending": []}  # another process wrote it
+        try:
+            merged = merge(work, world)
+        except FingerprintMismatch:
+            raise
+        except RequestError:
+            if world == 1:
+                raise
+            return {"pending": [r for r in range(world) if not (work / f"scores-{r}-of-{world}").is_dir()]}
+        facts = {**merged.facts, "model_name": name, "data": records.name, "rejected": records.rejected}
+        _write(output, merged.batches(), facts)
+    shutil.rmtree(work, ignore_errors=True)
+    return facts
+
+
+def work_folder(output: Path) -> Path:
+    """Where a run keeps what it has done until `output` is written."""
+    return output.with_name(f".{output.name}.run")
+
+
+class _locked:
+    """One process at a time; the file goes with its folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        import fcntl
+
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = self.path.open("w")
+        fcntl.flock(self.file, fcntl.LOCK_EX)
+
+    def __exit__(self, *exc: object) -> None:
+        self.file.close()
+
+
+def _write(output: Path, batches: Iterable[pa.RecordBatch], facts: Mapping[str, Any]) -> None:
+    schema = SCHEMA.with_metadata({FACTS: json.dumps(dict(facts), allow_nan=False).encode()})
+    with atomic_file(output) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+        for batch in batches:
+            keys = [key.rsplit("\t", 2) for key in batch["key"].to_pylist()]
+            named = [[k[0] for k in keys], [int(k[1]) for k in keys], [int(k[2]) for k in keys]]
+            arrays = [pa.array(column, field.type) for column, field in zip(named, schema)]
+            writer.write_batch(pa.RecordBatch.from_arrays([*arrays, *batch.columns[2:]], schema=schema))
+
+
+def read_scores(path: str | Path, turns: Turns = "mean") -> RecordScores:
+    """Scores from what `score_records` wrote, or from the original's JSON lines (ids are then the line numbers from 0)."""
+    path = Path(path)
+    if not path.is_file():
+        raise RequestError(f"{path} does not exist; give what `superfiltering score` wrote")
+    if path.suffix in (".jsonl", ".json"):
+        return _from_original(path)
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise RequestError(f"{path} is no Parquet file of scores ({str(error).splitlines()[0]})") from None
+    if missing := [name for name in SCHEMA.names if name not in table.column_names]:
+        raise RequestError(f"{path} has no column {missing[0]!r}; give what `superfiltering score` wrote")
+    column = {name: table[name].to_numpy() for name in SCHEMA.names if name not in ("id", "status")}
+    of = column["record"]
+    sums = [column[name] for name in ("loss_cond_sum", "n_cond", "loss_direct_sum", "n_direct")]
+    records = int(of.max(initial=-1)) + 1
+    ppl, loss = aggregate(of, *sums, how=turns, records=records)
+    first = np.searchsorted(of, np.arange(records))
+    statuses, ids = table["status"].to_pylist(), table["id"].to_pylist()
+    best = ["ok" if "ok" in part else part[0] for part in _parts(statuses, first)]
+    lone = np.bincount(of, minlength=records) == 1  # perplexities are a turn's own; of several there is no single one
+    extra = {name: np.where(lone, column[name][first], np.nan) for name in ("ppl_A_direct", "ppl_A_condition")}
+    tokens = np.bincount(of, column["n_cond"], records).astype(np.int64)
+    facts = json.loads((table.schema.metadata or {}).get(FACTS, b"{}"))
+    return RecordScores([ids[i] for i in first], ppl, loss, tokens, best, extra, facts)
+
+
+def _parts(values: list[str], first: NDArray[np.int64]) -> Iterator[list[str]]:
+    ends = [*first[1:].tolist(), len(values)]
+    return (values[start:end] for start, end in zip(first.tolist(), ends))
+
+
+def _from_original(path: Path) -> RecordScores:
+    rows = []
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+        try:
+            found = json.loads(line)
+            rows.append([float(v if v is not None else math.nan) for v in (*found["ppl"][1::2], *found["loss"][1::2])])
+        except (ValueError, KeyError, TypeError, IndexError):
+            raise RequestError(
+                f'{path}:{number}: is no line of the original\'s scores ({{"ppl": [0, direct, 0, cond], "loss": ...}})'
+            ) from None
+    direct, cond, loss_direct, loss_cond = np.array(rows, np.float64).reshape(-1, 4).T
+    with np.errstate(all="ignore"):
+        ppl, loss = cond / direct, loss_cond / loss_direct
+    failed = (cond == 0) | (direct == 0)  # how the original writes a record that raised: never a score here
+    ppl, loss = (np.where(failed | ~np.isfinite(column), np.nan, column) for column in (ppl, loss))
+    statuses = ["ok" if math.isfinite(value) else "failed" if bad else "no_score" for value, bad in zip(ppl, failed)]
+    columns = {"ppl_A_direct": direct, "ppl_A_condition": cond}
+    none = np.zeros(len(rows), np.int64)
+    return RecordScores([str(i) for i in range(len(rows))], ppl, loss, none, statuses, columns)
+
+
+def scores_within(records: Records, key: str = "ifd_ppl") -> RecordScores:
+    """The scores that records carry themselves, in the column `key`. Raises `RequestError` where none has it."""
+    ids, values, seen = [], [], False
+    for record in records:
+        value = record.data.get(key)
+        seen |= key in record.data
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise RequestError(f"{record.where}: {key!r} is {value!r}, must be a number or null")
+        ids.append(record.id)
+        values.append(math.nan if value is None else float(value))
+    if not seen:
+        raise RequestError(f"no record of {records.name} has {key!r}; score them first and give --scores")
+    found = np.array(values, np.float64)
+    statuses = ["ok" if math.isfinite(value) else "no_score" for value in values]
+    none = np.full(len(ids), np.nan)
+    loss = found if key == "ifd_loss" else none
+    return RecordScores(ids, found if key != "ifd_loss" else none, loss, np.zeros(len(ids), np.int64), statuses)
+
+
+def check_same(records: Records, scores: RecordScores, path: str | Path) -> None:
+    """Raise `FingerprintMismatch` unless `scores` are of these records, in this order."""
+    count = 0
+    for position, record in enumerate(records):
+        count += 1
+        if position >= len(scores.ids) or record.id != scores.ids[position]:
+            there = scores.ids[position] if position < len(scores.ids) else "none"
+            raise FingerprintMismatch(
+                f"{path} is not of {records.name}: record {position} has id {record.id}, its score id {there}; "
+                "score the data as it is now"
+            )
+    if count != len(scores.ids):
+        raise FingerprintMismatch(
+            f"{path} has {len(scores.ids)} scores, {records.name} {count} records; score it again"
+        )
+
+
+def write_original(scores_file: str | Path, output: str | Path) -> int:
+    """Write the original's JSON lines of a Parquet file of scores (null for its NaN); returns how many."""
+    lines = []
+    for row in pq.read_table(scores_file).to_pylist():
+        losses = [
+            None
+            if row[f"loss_{side}_sum"] is None or not row[f"n_{side}"]
+            else row[f"loss_{side}_sum"] / row[f"n_{side}"]
+            for side in ("direct", "cond")
+        ]
+        shown = {
+            "ppl": [0, row["ppl_A_direct"], 0, row["ppl_A_condition"]],
+            "loss": [0, losses[0], 0, losses[1]],
+        }
+        lines.append(json.dumps(shown, allow_nan=False) + "\n")
+    atomic_write(output, "".join(lines))
+    return len(lines)

@@ -1,0 +1,149 @@
+"""Summed losses of segments under a model, without logits for tokens that nobody asks about.
+
+The base model runs once on a padded batch; the hidden states that predict targets are gathered, and the model's own
+forward turns them into logits, in chunks of rows, with the base model standing in as a constant: so whatever the
+architecture does after its last norm (soft-cap, scale, bias) is done by its own code. Right padding needs no mask under
+causal attention. Both are believed only after `Losses.check` has seen them give what the plain forward gives, one
+segment at a time; what deviates is not used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from model_hooks.errors import RequestError
+
+from .batches import Batching
+from .pairs import Segment
+
+Head = Literal["gathered", "whole"]
+
+CHUNK_ROWS, CHUNK_ELEMENTS = 2048, 1 << 27  # of the logits that exist at a time
+SAMPLES, SAMPLE_LENGTH = 8, 32
+TOLERANCE = {torch.float32: 5e-5, torch.float64: 5e-5}
+LOW_PRECISION_TOLERANCE = 2e-2
+
+
+class Losses:
+    """Callable: segments -> float64 array of summed losses in nats. `how` says what `check` settled on."""
+
+    def __init__(self, model: Any) -> None:
+        if _head_of(model) is None:
+            raise RequestError(
+                f"{type(model).__name__} has no output embedding, so it predicts nothing; give a causal language model"
+            )
+        self.model = model
+        # where the model's forward gets its hidden states from: most call the base model, OPT the decoder inside it
+        self.bases = [model.base_model, *([model.get_decoder()] if hasattr(model, "get_decoder") else [])]
+        self.base = self.bases[0]
+        self.head: Head = "gathered"
+        self.batching: Batching = "padded"
+
+    @property
+    def how(self) -> str:
+        head = {"gathered": "logits of target positions only", "whole": "logits of all positions"}[self.head]
+        batching = {"padded": "padded batches", "equal_length": "batches of equal length", "one_by_one": "one by one"}
+        return f"{head}, {batching[self.batching]}"
+
+    @torch.inference_mode()
+    def __call__(self, segments: Sequence[Segment]) -> NDArray[np.float64]:
+        ids, rows, columns = pad(segments)
+        device = self.model.device
+        targets = ids[rows, columns].to(device)
+        given, at, before = ids.to(device), rows.to(device), (columns - 1).to(device)
+        if self.head == "gathered":
+            output = self.base(input_ids=given, use_cache=False)
+            found = output[0][at.to(output[0].device), before.to(output[0].device)]  # [targets, hidden_size]
+        else:
+            output = None
+            found = self.model(input_ids=given, use_cache=False).logits
+            found = found[at.to(found.device), before.to(found.device)]  # [targets, vocab_size]
+        parts = []
+        step = max(1, min(CHUNK_ROWS, CHUNK_ELEMENTS // _head_of(self.model).weight.shape[0]))
+        for part, target in zip(found.split(step), targets.split(step)):
+            logits = self._logits(part, output) if self.head == "gathered" else part
+            losses = functional.cross_entropy(logits.float(), target.to(logits.device), reduction="none")
+            parts.append(losses.double().cpu())
+        return np.bincount(rows.numpy(), torch.cat(parts).numpy(), len(segments)).astype(np.float64)
+
+    def _logits(self, hidden: Tensor, output: Any) -> Tensor:
+        """Logits [n, vocab_size] of hidden states [n, hidden_size], by the model's forward from the base model on."""
+        dummy = torch.zeros((1, len(hidden)), dtype=torch.long, device=self.model.device)
+        with _constant(self.base, type(output)(last_hidden_state=hidden[None])):
+            logits: Tensor = self.model(input_ids=dummy, use_cache=False).logits
+        return logits[0]
+
+    def check(self, segments: Sequence[Segment]) -> None:
+        """Settle on the fastest way that gives, on cut copies of `segments`, what the plain forward gives alone."""
+        of = range(1, SAMPLES + 1)  # eighths of their lengths, so that there is something to pad
+        sample = [_cut(s, min(len(s.ids), SAMPLE_LENGTH) * i // SAMPLES) for i, s in zip(of, segments)]
+        shortest = min((len(s.ids) for s in sample), default=0)
+        ways: list[tuple[Batching, list[Segment]]] = [
+            ("padded", sample), ("equal_length", [_cut(s, shortest) for s in sample]), ("one_by_one", sample),
+        ]  # fmt: skip
+        for batching, given in ways:
+            self.base, self.head, self.batching = self.bases[0], "whole", "one_by_one"
+            expected = self._each(given)
+            heads: list[tuple[Any, Head]] = [*((base, "gathered") for base in self.bases), (self.bases[0], "whole")]
+            for base, head in heads:
+                self.base, self.head, self.batching = base, head, batching
+                if self._agrees(given, expected):
+                    return
+
+    def _each(self, segments: Sequence[Segment]) -> NDArray[np.float64]:
+        return np.array([self([segment])[0] for segment in segments])
+
+    def _agrees(self, segments: Sequence[Segment], expected: NDArray[np.float64]) -> bool:
+        try:
+            found = self._each(segments) if self.batching == "one_by_one" else self(segments)
+        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError):  # a forward that is built otherwise
+            return False
+        count = np.array([segment.targets for segment in segments])
+        tolerance = TOLERANCE.get(self.model.dtype)
+        allowed = tolerance if tolerance else LOW_PRECISION_TOLERANCE * (1 + 4 / np.sqrt(count))
+        same = np.isnan(found) == np.isnan(expected)  # float16 may overflow, alone as well as together
+        return bool(np.all(same & ~(np.abs(found - expected) / count > allowed)))
+
+
+def pad(segments: Sequence[Segment]) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids [rows, longest], padded on the right, and (row, column) of every target, row by row."""
+    ids = torch.zeros((len(segments), max(len(s.ids) for s in segments)), dtype=torch.long)
+    for row, segment in enumerate(segments):
+        ids[row, : len(segment.ids)] = torch.from_numpy(np.asarray(segment.ids, np.int64))
+    rows = torch.repeat_interleave(torch.arange(len(segments)), torch.tensor([s.targets for s in segments]))
+    columns = torch.cat([torch.arange(s.first, len(s.ids)) for s in segments])
+    return ids, rows, columns
+
+
+def _cut(segment: Segment, length: int) -> Segment:
+    """The first `length` tokens (two at least), all of them targets but the first."""
+    return Segment(segment.ids[: max(2, length)], 1)
+
+
+def _head_of(model: Any) -> Any:
+    try:
+        return model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+@contextmanager
+def _constant(module: Any, output: Any) -> Iterator[None]:
+    """Inside, calling `module` returns `output`."""
+    own = module.__dict__.get("forward")
+    module.forward = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
