@@ -50,7 +50,7 @@ def pretrain(
     encode = tokenizer.load().backend_tokenizer.encode
     texts = [text for _, text in corpus.text("train", corpus.default_stdlib())][::every]
     documents = [encode(text, add_special_tokens=False).ids for text in texts]
-    stream = Stream(documents, lambda text: encode(text, add_special_tokens=False).ids, 0, seed)
+    stream = Stream(documents, lambda text: encode(text, add_special_tokens=False).ids, 0, 0.0, seed)
     model, found = build(recipe).train(), {}
     rates = (recipe.muon_lr, recipe.adam_lr)
     trainers = optimizers(model, recipe)

@@ -42,8 +42,10 @@ def _read(
 ) -> Any:  # fmt: skip
     from instruct_data.records import read
 
-    options = {"on_bad_record": on_bad_record, "rejects": rejects, "encoding_errors": encoding_errors, "reid": reid}
-    return read(data, schema, limit=limit or None, **options)
+    return read(
+        data, schema, on_bad_record=on_bad_record, rejects=rejects, encoding_errors=encoding_errors, reid=reid,
+        limit=limit or None,
+    )  # fmt: skip
 
 
 @app.command()

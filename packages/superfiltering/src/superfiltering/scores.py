@@ -38,7 +38,7 @@ SCHEMA = pa.schema([("id", pa.string()), ("record", pa.int64()), ("turn", pa.int
 
 @dataclass(frozen=True)
 class RecordScores:
-    """One score a record. `ifd_ppl`, `ifd_loss`: float64 [records], NaN for none; `tokens`: of the answers, 0 if unknown.
+    """One score a record. `ifd_ppl`, `ifd_loss`: float64 [records], NaN for none; `tokens`: of the answers, or 0.
 
     columns: further float64 columns by name. facts: of the run that made them, {} where there are none.
     """
@@ -87,9 +87,9 @@ def score_records(
 ) -> dict[str, Any]:
     """Score every assistant turn and write `output` (Parquet), whole or not at all. Returns the run's facts.
 
-    A killed run goes on when it is called again with the same arguments: what is done is in a folder beside the output
-    until it is written. Under a launcher (RANK and WORLD_SIZE) each process scores its share, and the last one to finish
-    writes; for the others the facts have `pending`, the ranks that are still at work. `engine`: options of
+    A killed run goes on when it is called again with the same arguments: what is done is in a folder beside the
+    output until it is written. Under a launcher (RANK and WORLD_SIZE) each process scores its share, and the last one
+    to finish writes; for the others the facts have `pending`, the ranks that are still at work. `engine`: options of
     `instruct_data.scoring.score`.
     """
     output = Path(output)
@@ -151,7 +151,7 @@ def _write(output: Path, batches: Iterable[pa.RecordBatch], facts: Mapping[str, 
 
 
 def read_scores(path: str | Path, turns: Turns = "mean") -> RecordScores:
-    """Scores from what `score_records` wrote, or from the original's JSON lines (ids are then the line numbers from 0)."""
+    """Scores from what `score_records` wrote, or from the original's JSON lines (ids are then line numbers from 0)."""
     path = Path(path)
     if not path.is_file():
         raise RequestError(f"{path} does not exist; give what `superfiltering score` wrote")

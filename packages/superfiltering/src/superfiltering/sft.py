@@ -36,7 +36,7 @@ class _Bar(TrainerCallback):
 
 
 def rows_of(config: TrainConfig, tokenizer: Any) -> Dataset:
-    """A row for every assistant turn: `prompt` with its true history, `completion` the answer. Empty answers are left out."""
+    """A row for every assistant turn: `prompt` with its history, `completion` the answer; not those without one."""
     prompt = template(config.template, tokenizer)
     rows = [
         {"prompt": prompt(example), "completion": example.response}

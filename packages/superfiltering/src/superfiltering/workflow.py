@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -141,7 +141,7 @@ def diversify_records(
         raise RequestError(f"cannot choose {number} of {records.count()} records; ask for 1 to {records.count()}")
     if group_by:
         labels = labels_of(records, group_by)
-        sizes = {label: labels.count(label) for label in dict.fromkeys(labels)}
+        sizes: dict[Hashable, int] = {label: labels.count(label) for label in dict.fromkeys(labels)}
         options |= {"groups": labels, "quotas": allot(sizes, number)}
     if embeddings is None:
         embeddings = embeddings_of(records, text, encoder, long=long)
@@ -211,9 +211,10 @@ def write_viewer(
     summary = {"data": records.name, "model": facts.get("model_name", ""), "records": len(scores.ids)}
     if chosen is not None and len(chosen):
         summary["selected"] = len(chosen)
+    summary = {name: value for name, value in summary.items() if value != ""}
     return write_page(
         rows_of(records, scores, chosen), page, title=title or f"{by} of {Path(records.name).name}", score=by,
-        text=("instruction", "input", "conversation", "response"), summary={k: v for k, v in summary.items() if v != ""},
+        text=("instruction", "input", "conversation", "response"), summary=summary,
     )  # fmt: skip
 
 

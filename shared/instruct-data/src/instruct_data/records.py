@@ -175,8 +175,8 @@ def read(
     reid: bool = False,
     limit: int | None = None,
 ) -> Records:
-    """The records of `source`: a path, a folder of `datasets`, a hub name or zoo:pairs (`instruct_data.formats` has the list), a
-    dataset of the `datasets` library, or a list (or any other re-iterable) of dicts, called `name` in errors.
+    """The records of `source`: a path, a folder of `datasets`, a hub name or zoo:pairs (`instruct_data.formats` has the
+    list), a dataset of the `datasets` library, or a list (or any other re-iterable) of dicts, called `name` in errors.
 
     schema: auto (from the first records), alpaca, sharegpt, messages, items or instances (`instruct_data.schemas`).
     split, subset: of a folder or hub dataset; a split can also be written as NAME:SPLIT.

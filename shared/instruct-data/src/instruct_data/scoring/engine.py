@@ -54,7 +54,7 @@ def score(
         pairs: read once, as a stream.
         compat: `original` or `aligned`, see `pairs`.
         max_length: of prompt and response in tokens; lowered, with a warning, to what the model's positions allow.
-        budget: padded tokens a batch may hold; by default 1,024 on a CPU and 32,768 on a GPU; `auto` measures for at
+        budget: padded tokens a batch may hold; by default 512 on a CPU and 32,768 on a GPU; `auto` measures for at
             most about 5 seconds (and the folder remembers the answer, so that a resumed run makes the same batches).
         folder: holds the journal and the scores; a run that was stopped goes on there. None: nothing is kept.
         rank, world: the share of the pairs to score, by default from RANK and WORLD_SIZE; `merge` joins the shares.
@@ -62,7 +62,7 @@ def score(
         progress: called with (tokens done, tokens in all) of this rank.
 
     Raises `RequestError` for a model or tokenizer that cannot do it, `FingerprintMismatch` for a folder made with other
-    settings. Texts and tokens stay on disk: a pair costs about 120 bytes of memory, 300 while segments are sorted.
+    settings, `OSError` naming the path where the disk is full (what was journalled stays, the run can go on). Texts and tokens stay on disk: a pair costs about 120 bytes of memory, 300 while segments are sorted.
     """
     began = time.perf_counter()
     rank, world = ranks(rank, world)
@@ -76,7 +76,11 @@ def score(
     temporary = None if folder else tempfile.TemporaryDirectory(prefix="scores-")
     root = Path(folder or temporary.name)  # type: ignore[union-attr]
     target = results.shard_folder(root, rank, world)
-    with Journal(root, given, writer=f"rank-{rank}") as journal, _scratch(root / f".segments-{rank}") as scratch:
+    with (
+        _naming(root),
+        Journal(root, given, writer=f"rank-{rank}") as journal,
+        _scratch(root / f".segments-{rank}") as scratch,
+    ):
         shard = Shard(pairs, rank, world, cost_of(model, limit))
         segments = tokenise(shard, encoder, scratch)
         forward = Forward(losses, segments, journal)
@@ -166,6 +170,17 @@ def _rows(segments: Segments, sums: NDArray[np.float64], total: int) -> Iterator
 
 def _nullable(values: NDArray[np.float64]) -> list[float | None]:
     return [None if value != value else value for value in values.tolist()]
+
+
+@contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """An `OSError` that leaves the block without a path says `folder`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror or str(error), str(folder)) from error
 
 
 @contextmanager

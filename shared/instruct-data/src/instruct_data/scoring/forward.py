@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -40,6 +41,7 @@ class Forward:
             "journalled": int((~self._pending).sum()),
             "forwarded": 0,
             "forwarded_tokens": 0,
+            "forward_seconds": 0.0,
         }
 
     def prepare(self, budget: int | Literal["auto"] | None, share: tuple[int, int]) -> None:
@@ -49,8 +51,9 @@ class Forward:
         if before and not self._pending.any():
             self.facts.update(before)
             return
-        spread = np.unique(np.linspace(0, len(self.segments) - 1, SAMPLES).astype(int)) if len(self.segments) else ()
-        self.losses.check([self.segments.segment(int(place)) for place in spread])
+        if len(self.segments):
+            spread = np.unique(np.linspace(0, len(self.segments) - 1, SAMPLES).astype(int))
+            self.losses.check([self.segments.segment(int(place)) for place in spread])
         on_cpu = self.losses.model.device.type == "cpu"
         if budget is None:
             chosen = CPU_BUDGET if on_cpu else GPU_BUDGET
@@ -67,7 +70,7 @@ class Forward:
 
     def run(self, progress: Progress | None = None) -> None:
         """Forward what is pending. A batch is one append: after a kill it is there whole, or is forwarded again."""
-        lengths, done = self.segments.lengths, 0
+        lengths, done, began = self.segments.lengths, 0, time.perf_counter()
         for batch in plan(lengths, self.facts["budget"], self.losses.batching) if self._pending.any() else ():
             todo = [place for place in batch if self._pending[place]]
             if todo:
@@ -80,6 +83,7 @@ class Forward:
             if progress:
                 progress(done, self.facts["tokens"])
         self.sums[~np.isfinite(self.sums)] = np.nan
+        self.facts["forward_seconds"] = round(time.perf_counter() - began, 3)
 
     def _losses(self, places: Sequence[int]) -> Sums:
         """Summed losses; a batch that does not fit into memory is halved, a single segment that does not is NaN."""

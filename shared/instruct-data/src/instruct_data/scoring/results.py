@@ -28,7 +28,7 @@ ROWS, FACTS = "rows.arrow", "facts.json"
 
 
 class Scores:
-    """The rows of one shard, or of all. Iterating gives dicts; undefined numbers are None.
+    """The rows of one shard, or of all, read from disk each time. Iterating gives dicts; undefined numbers are None.
 
     facts: how it was computed: `how`, `budget`, `rank`, `world`, `total`, `input`, counts of segments and tokens,
         `failed`, `seconds`.
@@ -124,5 +124,5 @@ def _together(facts: list[dict[str, Any]]) -> dict[str, Any]:
         **{name: facts[0][name] for name in ("input", "total", "settings", "world")},
         **{name: sum(fact[name] for fact in facts) for name in summed},
         "how": "; ".join(how),
-        "seconds": max(fact["seconds"] for fact in facts),
+        **{name: max(fact[name] for fact in facts) for name in ("forward_seconds", "seconds")},
     }

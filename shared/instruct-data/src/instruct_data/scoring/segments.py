@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -25,18 +25,16 @@ class SegmentWriter:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True)
+        self._open = ExitStack()
         names = (TOKENS, SEGMENTS, PAIRS, KEYS)
-        self._files: dict[str, BinaryIO] = {name: (folder / name).open("wb") for name in names}
+        self._files: dict[str, BinaryIO] = {n: self._open.enter_context((folder / n).open("wb")) for n in names}
         self._segments = self._tokens = 0
 
     def __enter__(self) -> SegmentWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for file in self._files.values():
-            file.close()
+    def __exit__(self, *error: object) -> None:
+        self._open.close()
 
     def add(self, index: int, key: str, encoded: Encoded) -> None:
         places = (self._add(encoded.cond), self._add(encoded.direct))

@@ -47,7 +47,7 @@ unigram's frequencies are the calibration text's. Tasks: {size} questions of fou
 
 {tokens:,} tokens in {minutes:.0f} minutes on {device}, bfloat16 matrix products over float32 weights.
 Torch {torch}, seed {seed}. Text: the standard library of Python {corpus} and its language reference, split by
-module; {corpus_tokens:,} tokens an epoch. {recall} of the windows are synthetic key-value recall.
+module; {corpus_tokens:,} tokens an epoch. {recall:.0%} of the windows are synthetic key-value recall.
 `training_log.jsonl` holds the thinned log. To train it again:
 
     python -m model_hooks.zoo.train {name} --minutes {minutes:.0f} --out runs/{name}
@@ -123,7 +123,7 @@ def card(name: str, state: dict[str, Any], measured: dict[str, float], config: A
         documents=len(corpus.text("heldout")),
         size=SIZE,
         tokens=progress["tokens"],
-        recall=", then ".join(f"{share:.0%}" for _, share in recipe.recall),
+        recall=recipe.recall_share,
     )
 
 

@@ -17,8 +17,8 @@ Tokens = npt.NDArray[np.uint16]
 class Stream:
     """Endless batches from documents joined by the end token, every window once an epoch in a new order.
 
-    What a batch holds depends only on ``seed``, ``cursor`` (windows taken so far) and what it is asked for, so a
-    stopped run goes on exactly where it was, and a change of length keeps the order.
+    What a batch holds depends only on ``seed`` and ``cursor`` (windows taken so far), so a stopped run goes on
+    exactly where it was, and a change of length keeps the order.
     """
 
     def __init__(
@@ -26,10 +26,11 @@ class Stream:
         documents: Sequence[Sequence[int]],
         encode: Callable[[str], list[int]],
         end: int,
+        recall_share: float,
         seed: int,
     ) -> None:
         self.documents = [np.asarray([end, *d], dtype=np.uint16) for d in documents]
-        self.encode, self.end, self.seed = encode, end, seed
+        self.encode, self.end, self.recall_share, self.seed = encode, end, recall_share, seed
         self.cursor = 0
         self.windows = sum(len(d) for d in self.documents) // WINDOW - 1
         self._epoch = -1
@@ -43,13 +44,13 @@ class Stream:
         self._order = rng.permutation(self.windows)
         self._epoch = epoch
 
-    def _window(self, length: int, recall_share: float) -> Tokens:
+    def _window(self, length: int) -> Tokens:
         epoch, index = divmod(self.cursor, self.windows)
         if epoch != self._epoch:
             self._start(epoch)
         rng = random.Random(f"{self.seed}/{self.cursor}")
         self.cursor += 1
-        if rng.random() < recall_share:
+        if rng.random() < self.recall_share:
             return np.concatenate([self.recall_row(rng, length) for _ in range(WINDOW // length)])
         start = int(self._order[index]) * WINDOW
         return self._joined[start : start + WINDOW]
@@ -64,7 +65,7 @@ class Stream:
             row += [self.end, *self.encode(synthetic.recall(rng, pairs, pairs).text())]
         return np.asarray(row[:length], dtype=np.uint16)
 
-    def batch(self, windows: int, length: int, recall_share: float = 0.0) -> npt.NDArray[np.int64]:
-        """The next ``windows`` windows as rows: [windows * 1024 / length, length]; so many of them are recall."""
-        rows = np.concatenate([self._window(length, recall_share) for _ in range(windows)])
+    def batch(self, windows: int, length: int) -> npt.NDArray[np.int64]:
+        """The next ``windows`` windows as rows: [windows * 1024 / length, length]."""
+        rows = np.concatenate([self._window(length) for _ in range(windows)])
         return rows.reshape(-1, length).astype(np.int64)

@@ -15,7 +15,6 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -70,9 +69,8 @@ def rate(recipe: Recipe, step: int, share: float) -> float:
     return min(1.0, (step + 1) / recipe.warmup) * min(1.0, max(0.0, 1.0 - share) / recipe.decay)
 
 
-def at(schedule: Sequence[tuple[float, float]], share: float) -> float:
-    """The value in force: ``schedule`` holds (share of the time at which it starts, value)."""
-    return [value for start, value in schedule if share >= start][-1]
+def length_at(recipe: Recipe, share: float) -> int:
+    return [length for start, length in recipe.stages if share >= start][-1]
 
 
 def loss_of(model: nn.Module, rows: Tensor) -> Tensor:
@@ -93,7 +91,7 @@ def make_stream(recipe: Recipe, stdlib: Path) -> Stream:
         return ids
 
     assert bpe.eos_token_id == 0
-    return Stream([e.ids for e in encoded], encode, 0, recipe.seed)
+    return Stream([e.ids for e in encoded], encode, 0, recipe.recall_share, recipe.seed)
 
 
 class Run:
@@ -139,7 +137,7 @@ class Run:
             "minutes": round(self.budget / 60, 1),
             "device": torch.cuda.get_device_name()
             if self.device == "cuda"
-            else f"{torch.get_num_threads()} CPU threads".replace("1 CPU threads", "1 CPU thread"),
+            else f"{torch.get_num_threads()} CPU thread(s)",
             "corpus": corpus.python_version(self.stdlib),
             "corpus_tokens": sum(map(len, self.stream.documents)),
             "torch": str(torch.__version__),
@@ -148,9 +146,8 @@ class Run:
 
     def step(self, share: float) -> tuple[float, int]:
         """One update; returns the loss in nats a token and the sequence length used."""
-        length = int(at(self.recipe.stages, share))
-        batch = self.stream.batch(self.recipe.windows, length, at(self.recipe.recall, share))
-        rows = torch.from_numpy(batch).to(self.device)
+        length = length_at(self.recipe, share)
+        rows = torch.from_numpy(self.stream.batch(self.recipe.windows, length)).to(self.device)
         factor = rate(self.recipe, self.progress.step, share)
         for optimizer, base in zip(self.optimizers, (self.recipe.muon_lr, self.recipe.adam_lr), strict=True):
             for group in optimizer.param_groups:
