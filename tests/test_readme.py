@@ -11,6 +11,9 @@ import environment
 import pytest
 import readme
 
+from paper_tables.paper import installed
+from paper_tables import readme as results
+
 READMES = [
     environment.ROOT / "README.md",
     environment.ROOT / "CONTRIBUTING.md",
@@ -61,6 +64,16 @@ def test_every_block_names_its_language_and_every_exception_its_ground(file):
         where = f"{identifier(file)}:{block.line}"
         assert block.language, f"{where}: name the block's language: bash, python, or text for what is not code"
         assert block.run_by is None or (environment.ROOT / block.run_by).is_file(), f"{where}: no {block.run_by}"
+
+
+def test_the_results_in_a_readme_are_the_committed_ones():
+    papers, problems = installed()
+    assert not problems
+    for name, paper in papers.items():
+        file = results.readme_of(paper)
+        assert file is not None, f"the README of {name} has no place for results"
+        fresh = results.with_block(file.read_text(), results.block(paper))
+        assert fresh == file.read_text(), f"run `paper-tables run {name} --scale tiny --publish`"
 
 
 def test_the_two_commands_stand_in_the_readme():

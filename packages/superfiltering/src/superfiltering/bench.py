@@ -7,6 +7,9 @@ process, because neighbours on a machine change wall time and not these; a GPU's
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import re
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -19,8 +22,10 @@ import torch
 
 from instruct_data.records import read
 from instruct_data.scoring import Pair, score
+from instruct_data.templates import none
 
-SENTENCES = {"short": 180, "long": 1200}  # characters of an answer
+KINDS = ("short", "long")  # answers cut to their first 1 to 6 sentences or lines, and whole ones
+SENTENCE = re.compile(r"(?<=[.!?])\s+|\n")
 
 
 def probe_model(small: bool = False, dtype: torch.dtype = torch.float32) -> Any:
@@ -33,17 +38,17 @@ def probe_model(small: bool = False, dtype: torch.dtype = torch.float32) -> Any:
     return model.to("cuda") if torch.cuda.is_available() else model
 
 
-def probe_pairs(records: int, characters: int) -> list[Pair]:
-    """Pairs of the zoo, answers of about `characters`: cut, or joined until they are long enough."""
-    rows = [record.examples[0] for record in read("zoo:pairs")]
-    pairs: list[Pair] = []
+def probe_pairs(records: int, kind: str = "short", data: str = "zoo:pairs") -> list[Pair]:
+    """Pairs of the first records of `data` in the original's template; numbered anew where the data has fewer."""
+    examples = [example for record in read(data) for example in record.examples if example.response.strip()]
+    pairs = []
     for number in range(records):
-        answer, step = "", number
-        while len(answer) < characters * (0.5 + number % 7 / 6):
-            answer += rows[step % len(rows)].response + "\n"
-            step += 1
-        limit = int(characters * (0.5 + number % 7 / 6))
-        pairs.append(Pair(str(number), rows[number % len(rows)].instruction + "\n", answer[:limit]))
+        example, again = examples[number % len(examples)], number // len(examples)
+        answer = f"# {again}\n{example.response}" if again else example.response
+        if kind == "short":
+            ends = [found.start() for found in SENTENCE.finditer(answer)][: 1 + number % 6]
+            answer = answer[: ends[-1]] if len(ends) == 1 + number % 6 else answer
+        pairs.append(Pair(str(number), none(example), answer))
     return pairs
 
 
@@ -107,16 +112,17 @@ def native_bf16() -> bool:
         return False
 
 
-def linearity(model: Any, tokenizer: Any, sizes: Sequence[int], characters: int) -> dict[str, float]:
-    """How straight time over tokens is, for so many records: R², and the drift of tokens a second in percent."""
+def linearity(model: Any, tokenizer: Any, sizes: Sequence[int]) -> dict[str, float]:
+    """How straight time over tokens is, for so many records: R², and how far the tokens a second between one size and
+    the next stray from their median, in percent (set-up, the same for all sizes, is not in these)."""
     points = []
     for size in sizes:
-        seconds, scores = timed(partial(score, model, tokenizer, probe_pairs(size, characters)))
+        seconds, scores = timed(partial(score, model, tokenizer, probe_pairs(size)))
         points.append((scores.facts["tokens"], seconds))
     tokens, times = torch.tensor(points, dtype=torch.float64).T
     r2 = float(torch.corrcoef(torch.stack([tokens, times]))[0, 1] ** 2)
-    speeds = tokens / times
-    return {"r2": r2, "drift_percent": float(100 * (speeds.max() / speeds.median() - 1))}
+    speeds = tokens.diff() / times.diff()
+    return {"r2": r2, "drift_percent": float(100 * (speeds / speeds.median() - 1).abs().max())}
 
 
 def tokenisation(tokenizer: Any, pairs: list[Pair], total: float) -> float:
@@ -127,35 +133,63 @@ def tokenisation(tokenizer: Any, pairs: list[Pair], total: float) -> float:
     return 100 * timed(lambda: encoder.encode(pairs))[0] / total
 
 
-def two_ranks(model: Any, tokenizer: Any, pairs: list[Pair]) -> float:
-    """Time of one process over that of the slower of two shares: what a second free device saves."""
-    whole = timed(lambda: score(model, tokenizer, pairs))[0]
-    with tempfile.TemporaryDirectory() as room:
-        share = partial(score, model, tokenizer, pairs, folder=room, world=2)
-        shares = [timed(partial(share, rank=rank))[0] for rank in (0, 1)]
-    return whole / max(shares)
+def _rank(rank: int, world: int, records: int, folder: str, started: Any, times: Any) -> None:
+    """One process of `two_ranks`, on a core of its own with one thread."""
+    torch.set_num_threads(1)
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[rank % len(cores)]})
+    tokenizer, model, pairs = _tokenizer(), probe_model(small=True), probe_pairs(records)
+    started.wait()
+    began = time.perf_counter()
+    score(model, tokenizer, pairs, folder=folder, rank=rank, world=world)
+    times.put(time.perf_counter() - began)
 
 
-def run(*, records: int = 60, rounds: int = 3, small: bool = False) -> dict[str, Any]:
-    """All of it; see `superfiltering bench`."""
-    from model_hooks import zoo
+def ranks_speedup(records: int, world: int = 2) -> float | None:
+    """Wall time of one process over that of `world` at once, a core and a thread each; None with too few cores."""
+    if not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < world:
+        return None
+    spawn = multiprocessing.get_context("spawn")
+    found = []
+    for processes in (1, world):
+        with tempfile.TemporaryDirectory() as room:
+            started, times = spawn.Barrier(processes), spawn.SimpleQueue()
+            arguments = (processes, records, room, started, times)
+            running = [spawn.Process(target=_rank, args=(rank, *arguments)) for rank in range(processes)]
+            for process in running:
+                process.start()
+            found.append(max(times.get() for _ in running))
+            for process in running:
+                process.join()
+    return found[0] / found[1]
+
+
+def _tokenizer(source: str = "zoo:gpt2") -> Any:
     from model_hooks.loading import load_tokenizer
+
+    return load_tokenizer(source)
+
+
+def run(
+    *, records: int = 60, rounds: int = 3, small: bool = False, data: str = "zoo:pairs", tokenizer: str = "zoo:gpt2"
+) -> dict[str, Any]:
+    """All of it; see `superfiltering bench`."""
     from paper_tables.machine import describe, machine
 
-    tokenizer = load_tokenizer(str(zoo.resolve("zoo:gpt2")))
-    model = probe_model(small)
-    found: dict[str, Any] = {"machine": describe(machine()), "model": "16M GPT-2" if small else "124M GPT-2"}
+    reader, model = _tokenizer(tokenizer), probe_model(small)
+    found: dict[str, Any] = {
+        "machine": describe(machine()), "model": "16M GPT-2" if small else "124M GPT-2", "data": Path(data).name,
+    }  # fmt: skip
     rows: list[dict[str, Any]] = []
-    for name, characters in SENTENCES.items():
-        pairs = probe_pairs(records, characters)
-        rows.append({"answers": name, "dtype": "float32", **_ratio(model, model, tokenizer, pairs, rounds)})
+    for kind in KINDS:
+        pairs = probe_pairs(records, kind, data)
+        rows.append({"answers": kind, "dtype": "float32", **_ratio(model, model, reader, pairs, rounds)})
         if native_bf16():
             half = probe_model(small, torch.bfloat16)
-            rows.append({"answers": name, "dtype": "bfloat16", **_ratio(model, half, tokenizer, pairs, rounds)})
-        if name == "short":
-            found["tokenising_percent"] = tokenisation(tokenizer, pairs, rows[0]["seconds"])
-    shape = probe_model(small=True)
-    sizes = [records * 2**k for k in range(4)]
-    found |= {f"linear_{k}": v for k, v in linearity(shape, tokenizer, sizes, SENTENCES["short"]).items()}
-    found["two_ranks"] = two_ranks(shape, tokenizer, probe_pairs(records * 4, SENTENCES["short"]))
+            rows.append({"answers": kind, "dtype": "bfloat16", **_ratio(model, half, reader, pairs, rounds)})
+        if kind == "short":
+            found["tokenising_percent"] = tokenisation(reader, pairs, rows[0]["seconds"])
+    sizes = [records * k for k in (2, 4, 8, 16)]
+    found |= {f"linear_{k}": v for k, v in linearity(probe_model(small=True), _tokenizer(), sizes).items()}
+    found["two_ranks_times_faster"] = ranks_speedup(records * 16)
     return {**found, "speed": rows}

@@ -78,10 +78,13 @@ def score(
     from model_hooks.loading import load_placed
     from paper_tables import progress
     from superfiltering import stats, workflow
-    from superfiltering.scores import read_scores, score_records, write_original
+    from superfiltering.scores import check_request, read_scores, score_records, write_original
 
-    refuse_existing(output, overwrite)
-    _writable(output)
+    for file in (output, original_jsonl):
+        if file is not None:
+            refuse_existing(file, overwrite)
+            _writable(file)
+    check_request(template, compat)
     if budget not in ("", "auto") and not budget.isdigit():
         raise RequestError(f"budget {budget!r}: give a number of tokens, auto, or nothing")
     records = _read(data, schema, on_bad_record, rejects, encoding_errors, reid, limit)
@@ -166,7 +169,7 @@ def diversify(
     return workflow.diversify_records(
         records, output, number=number, text=text, encoder=encoder, long=long, kernel=kernel, optimiser=optimiser,
         neighbours=neighbours or None, group_by=group_by, curve=curve, overwrite=overwrite,
-        given=workflow.positions_of(records, _read(given)) if given else (),
+        given=workflow.positions_of(records, _read(given, records.schema.name)) if given else (),
     )  # fmt: skip
 
 
@@ -244,7 +247,7 @@ def view(
     refuse_existing(output, overwrite)
     records = _read(data, schema)
     found = workflow.scores_for(records, scores, by, turns)
-    chosen = workflow.positions_of(records, _read(selected)) if selected else ()
+    chosen = workflow.positions_of(records, _read(selected, records.schema.name)) if selected else ()
     return {"page": workflow.write_viewer(records, found, output, by=by, chosen=chosen), "records": len(found.ids)}
 
 
@@ -278,6 +281,8 @@ def evaluate(
 
 @app.command()
 def bench(
+    data: Annotated[str, typer.Option(help="Records to score.")] = "zoo:pairs",
+    tokenizer: Annotated[str, typer.Option(help="Tokenizer of the scoring model's shape.")] = "zoo:gpt2",
     records: Annotated[int, typer.Option(min=4, help="Records of each set.")] = 60,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds; medians are printed.")] = 3,
     small: Annotated[
@@ -291,7 +296,7 @@ def bench(
 
     if output is not None:
         refuse_existing(output, overwrite)
-    found = benchmark.run(records=records, rounds=rounds, small=small)
+    found = benchmark.run(records=records, rounds=rounds, small=small, data=data, tokenizer=tokenizer)
     if output is not None:
         atomic_write(output, json.dumps(found, indent=1, allow_nan=False) + "\n")
     return found
@@ -301,12 +306,12 @@ app.command("train")(train_command)
 
 
 def _writable(output: Path) -> None:
-    """Raise `RequestError` before the work where the output's folder cannot be written to."""
+    """Raise `RequestError` before the work where the output's folder cannot be written to, or made."""
     import tempfile
 
+    there = next(folder for folder in output.absolute().parents if folder.exists())
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output.parent).close()
+        tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         raise RequestError(f"cannot write to {output.parent}: {error.strerror}; give another --output") from None
 

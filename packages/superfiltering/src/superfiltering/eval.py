@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from instruct_data.records import Records
+from model_hooks import RequestError
 
 Figure = dict[str, float]
 
@@ -33,6 +34,10 @@ def answer_loss(
     total, count = (table[name].to_numpy().astype(np.float64) for name in ("loss_cond_sum", "n_cond"))
     used = np.isfinite(total) & (count > 0)
     total, count = total[used], count[used]
+    if not used.any():
+        raise RequestError(
+            f"no record of {records.name} has an answer within {max_length} tokens; give a larger --max-length"
+        )
     value = total.sum() / count.sum()
     spread = math.sqrt(((total - value * count) ** 2).sum()) / count.sum()  # of a ratio of sums over records
     return {"loss": {"value": value, "se": spread}, "records": int(used.sum()), "tokens": int(count.sum())}

@@ -7,13 +7,14 @@ as well.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -21,9 +22,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from instruct_data.records import Record, Records
+from instruct_data.journal import canonical
 from instruct_data.scoring import Pair, merge, score
+from instruct_data.scoring.pairs import Compat
 from instruct_data.scoring.results import SCHEMA as ENGINE
+from instruct_data.scoring.results import shard_folder
 from instruct_data.scoring.shards import ranks
+from instruct_data.templates import TEMPLATES
 from instruct_data.templates import template as template_named
 from model_hooks import FingerprintMismatch, RequestError
 from model_hooks.files import atomic_file, atomic_write
@@ -33,7 +38,8 @@ from .select import Turns, aggregate
 By = Literal["ifd_ppl", "ifd_loss"]
 BY = ("ifd_ppl", "ifd_loss")
 FACTS = b"superfiltering"  # the key of the run's facts in the Parquet file's metadata
-SCHEMA = pa.schema([("id", pa.string()), ("record", pa.int64()), ("turn", pa.int32()), *list(ENGINE)[2:]])
+KEYS = (("id", pa.string()), ("record", pa.int64()), ("turn", pa.int32()), ("content", pa.int64()))
+SCHEMA = pa.schema([*KEYS, *list(ENGINE)[2:]])
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class RecordScores:
     """One score a record. `ifd_ppl`, `ifd_loss`: float64 [records], NaN for none; `tokens`: of the answers, or 0.
 
     columns: further float64 columns by name. facts: of the run that made them, {} where there are none.
+    contents: `content_of` each record when it was scored, None where that was not kept.
     """
 
     ids: list[str]
@@ -50,6 +57,7 @@ class RecordScores:
     statuses: list[str]
     columns: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    contents: list[int] | None = None
 
     def by(self, name: str) -> NDArray[np.float64]:
         if name not in BY:
@@ -67,11 +75,26 @@ def _or_none(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
+def content_of(record: Record) -> int:
+    """64 bits of a hash of a record's texts: its id aside, what a score is of."""
+    texts = canonical([(e.system, e.history, e.instruction, e.input, e.response) for e in record.examples])
+    digest = hashlib.blake2b(texts.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
 def pairs_of(records: Iterable[Record], prompt: Callable[[Any], str]) -> Iterator[Pair]:
-    """A pair for every assistant turn, keyed `id<TAB>record<TAB>turn`."""
+    """A pair for every assistant turn, keyed `id<TAB>record<TAB>turn<TAB>content`."""
     for position, record in enumerate(records):
+        content = content_of(record)
         for turn, example in enumerate(record.examples):
-            yield Pair(f"{record.id}\t{position}\t{turn}", prompt(example), example.response)
+            yield Pair(f"{record.id}\t{position}\t{turn}\t{content}", prompt(example), example.response)
+
+
+def check_request(template: str, compat: str) -> None:
+    """Raise `RequestError` for names that are not known: before a model is loaded, not after."""
+    for what, given, known in (("template", template, TEMPLATES), ("compat", compat, get_args(Compat))):
+        if given not in known:
+            raise RequestError(f"no {what} {given!r}; choose one of {', '.join(known)}")
 
 
 def score_records(
@@ -102,8 +125,9 @@ def score_records(
         progress=progress, **engine,
     )  # fmt: skip
     with _locked(work / "merge.lock"):
-        if output.exists() and world > 1:
-            return {"pending": []}  # another process wrote it
+        if not shard_folder(work, rank, world).is_dir():  # another process was the last, and has written it
+            shutil.rmtree(work, ignore_errors=True)
+            return {"pending": []}
         try:
             merged = merge(work, world)
         except FingerprintMismatch:
@@ -111,10 +135,13 @@ def score_records(
         except RequestError:
             if world == 1:
                 raise
-            return {"pending": [r for r in range(world) if not (work / f"scores-{r}-of-{world}").is_dir()]}
-        facts = {**merged.facts, "model_name": name, "data": records.name, "rejected": records.rejected}
+            return {"pending": [r for r in range(world) if not shard_folder(work, r, world).is_dir()]}
+        facts = {
+            **merged.facts, "model_name": name, "data": records.name, "rejected": records.rejected,
+            "max_length": engine.get("max_length", 1024),
+        }  # fmt: skip
         _write(output, merged.batches(), facts)
-    shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
     return facts
 
 
@@ -144,8 +171,8 @@ def _write(output: Path, batches: Iterable[pa.RecordBatch], facts: Mapping[str, 
     schema = SCHEMA.with_metadata({FACTS: json.dumps(dict(facts), allow_nan=False).encode()})
     with atomic_file(output) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         for batch in batches:
-            keys = [key.rsplit("\t", 2) for key in batch["key"].to_pylist()]
-            named = [[k[0] for k in keys], [int(k[1]) for k in keys], [int(k[2]) for k in keys]]
+            ids, *places = zip(*(key.rsplit("\t", 3) for key in batch["key"].to_pylist()))
+            named = [ids, *([int(number) for number in column] for column in places)]
             arrays = [pa.array(column, field.type) for column, field in zip(named, schema)]
             writer.write_batch(pa.RecordBatch.from_arrays([*arrays, *batch.columns[2:]], schema=schema))
 
@@ -175,7 +202,8 @@ def read_scores(path: str | Path, turns: Turns = "mean") -> RecordScores:
     extra = {name: np.where(lone, column[name][first], np.nan) for name in ("ppl_A_direct", "ppl_A_condition")}
     tokens = np.bincount(of, column["n_cond"], records).astype(np.int64)
     facts = json.loads((table.schema.metadata or {}).get(FACTS, b"{}"))
-    return RecordScores([ids[i] for i in first], ppl, loss, tokens, best, extra, facts)
+    contents = column["content"][first].tolist()
+    return RecordScores([ids[i] for i in first], ppl, loss, tokens, best, extra, facts, contents)
 
 
 def _parts(values: list[str], first: NDArray[np.int64]) -> Iterator[list[str]]:
@@ -185,7 +213,7 @@ def _parts(values: list[str], first: NDArray[np.int64]) -> Iterator[list[str]]:
 
 def _from_original(path: Path) -> RecordScores:
     rows = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             found = json.loads(line)
             rows.append([float(v if v is not None else math.nan) for v in (*found["ppl"][1::2], *found["loss"][1::2])])
@@ -233,6 +261,11 @@ def check_same(records: Records, scores: RecordScores, path: str | Path) -> None
             raise FingerprintMismatch(
                 f"{path} is not of {records.name}: record {position} has id {record.id}, its score id {there}; "
                 "score the data as it is now"
+            )
+        if scores.contents is not None and content_of(record) != scores.contents[position]:
+            raise FingerprintMismatch(
+                f"{path} is not of {records.name} as it is now: the texts of record {position}, id {record.id}, "
+                "are others than those that were scored; score the data again"
             )
     if count != len(scores.ids):
         raise FingerprintMismatch(

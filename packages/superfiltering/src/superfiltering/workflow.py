@@ -17,7 +17,7 @@ from model_hooks import RequestError
 from model_hooks.files import atomic_write
 from paper_tables import WorkFailed, progress
 
-from .scores import RecordScores, check_same, read_scores, scores_within
+from .scores import BY, RecordScores, check_request, check_same, content_of, read_scores, scores_within
 from .select import Selection, select
 
 
@@ -29,6 +29,8 @@ class TooFew(WorkFailed):
 
 def scores_for(records: Records, file: Path | None, by: str, turns: Any = "mean") -> RecordScores:
     """The scores of `records`: of a file, checked to be of these records, or those that the records carry."""
+    if by not in BY:
+        raise RequestError(f"no score {by!r}; choose one of {', '.join(BY)}")
     if file is None:
         return scores_within(records, by)
     found = read_scores(file, turns)
@@ -62,13 +64,9 @@ def select_records(
 ) -> dict[str, Any]:
     """Choose by score and write the chosen, best first, as they were read; their scores beside them unless `bare`."""
     groups = labels_of(records, group_by) if group_by else None
-    found = select(scores.by(by), [_number(i) for i in scores.ids], groups=groups, **options)
+    found = select(scores.by(by), scores.ids, groups=groups, **options)
     count = write_chosen(records, found.chosen, output, None if bare else scores, overwrite=overwrite)
     return {"output": output, "chosen": count, **tell(found, records.rejected)}
-
-
-def _number(id: str) -> int | str:
-    return int(id) if id.isdigit() else id
 
 
 def tell(found: Selection, rejected: int = 0) -> dict[str, Any]:
@@ -159,14 +157,22 @@ def diversify_records(
 
 
 def positions_of(records: Records, others: Records) -> list[int]:
-    """Where the records of `others` stand among `records`, by id. Raises `RequestError` for one that does not."""
-    places = {record.id: position for position, record in enumerate(records)}
+    """Where the records of `others` stand among `records`, by their texts and the ids that they carry; the second of
+    two equal ones is the second there. Raises `RequestError` for one that is not there."""
+    places: dict[tuple[Any, int], list[int]] = {}
+    for position, record in enumerate(records):
+        places.setdefault(_identity(record), []).append(position)
     found = []
     for record in others:
-        if record.id not in places:
+        left = places.get(_identity(record))
+        if not left:
             raise RequestError(f"record {record.id} of {others.name} is not in {records.name}")
-        found.append(places[record.id])
+        found.append(left.pop(0))
     return found
+
+
+def _identity(record: Record) -> tuple[Any, int]:
+    return record.data.get("id"), content_of(record)
 
 
 def rows_of(records: Records, scores: RecordScores, chosen: Sequence[int] = ()) -> Iterator[dict[str, Any]]:
@@ -307,10 +313,12 @@ def run_all(
 
     file = folder / "scores.parquet"
     total = records.count()
+    number_of(total, top, 0)  # shows now what could not be chosen later
     final = number_of(total, diverse, 0) if diverse else 0
-    if overwrite:
-        file.unlink(missing_ok=True)
-    if not file.exists():
+    check_request(template, compat)
+    if file.exists() and not overwrite:
+        _check_run(file, model, template=template, compat=compat, max_length=max_length, dtype=dtype)
+    else:
         loaded, tokenizer = load_placed(model, dtype)
         with progress("tokens scored") as bar:
             score_records(
@@ -318,26 +326,28 @@ def run_all(
                 max_length=max_length, progress=bar,
             )  # fmt: skip
     scores = scores_for(records, file, "ifd_ppl")
-    _check_run(file, scores, model, template, compat)
     chosen = folder / "selected.jsonl"
     said = select_records(records, scores, chosen, top=top, overwrite=True)
     if final:
-        picked = read(str(chosen))
+        picked = read(str(chosen), records.schema.name)
         number = min(final, picked.count())
         spread = diversify_records(picked, folder / "diverse.jsonl", number=number, encoder=encoder, overwrite=True)
         said |= {"output": spread["output"], "diverse": spread["chosen"], "coverage": spread["coverage"]}
         chosen = folder / "diverse.jsonl"
     atomic_write(folder / "stats.json", json.dumps(describe(scores), indent=1, allow_nan=False) + "\n")
-    page = write_viewer(records, scores, folder / "page.html", chosen=positions_of(records, read(str(chosen))))
+    marked = positions_of(records, read(str(chosen), records.schema.name))
+    page = write_viewer(records, scores, folder / "page.html", chosen=marked)
     return {**said, "page": page}
 
 
-def _check_run(file: Path, scores: RecordScores, model: str, template: str, compat: str) -> None:
+def _check_run(file: Path, model: str, **wanted: Any) -> None:
     """Raise `RequestError` where the scores that were found are of another request."""
-    made = {"model": scores.facts.get("model_name"), "template": scores.facts["settings"]["template"],
-            "compat": scores.facts["settings"]["compat"]}  # fmt: skip
-    for name, wanted in (("model", model), ("template", template), ("compat", compat)):
-        if made[name] != wanted:
+    facts = read_scores(file).facts
+    made = {**facts.get("settings", {}), "max_length": facts.get("max_length"), "model": facts.get("model_name")}
+    if wanted["dtype"] == "auto":
+        del wanted["dtype"]
+    for name, value in {"model": model, **wanted}.items():
+        if made.get(name) != value:
             raise RequestError(
-                f"{file} was made with {name} {made[name]}, not {wanted}; give --overwrite to score again"
+                f"{file} was made with {name} {made.get(name)}, not {value}; give --overwrite to score again"
             )

@@ -12,6 +12,7 @@ import typer
 from .errors import TableError, WorkFailed
 from .frame import App, Shown, make_app
 from .paper import Paper, check_scale, choose, installed
+from .readme import refresh
 from .table import Table
 
 app = make_app("paper-tables", help="Run the papers' tables, check their claims, and report what was measured.")
@@ -99,6 +100,8 @@ def run_chosen(
         said["not offered at this scale"] = summary.skipped
     if publish:
         said["published"] = runner.publish(chosen, scale, results)
+        papers = {paper.name: paper for paper, _ in chosen}
+        said["written"] = [str(file) for file in map(refresh, papers.values()) if file]
     if summary.failed or problems:
         said["failures"] = [{"unit": unit, "error": error} for unit, error in summary.failed.items()]
         units = summary.measured + summary.cached + len(summary.failed)

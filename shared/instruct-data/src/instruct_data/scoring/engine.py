@@ -62,7 +62,8 @@ def score(
         progress: called with (tokens done, tokens in all) of this rank.
 
     Raises `RequestError` for a model or tokenizer that cannot do it, `FingerprintMismatch` for a folder made with other
-    settings, `OSError` naming the path where the disk is full (what was journalled stays, the run can go on). Texts and tokens stay on disk: a pair costs about 120 bytes of memory, 300 while segments are sorted.
+    settings, `OSError` naming the path where the disk is full: what was journalled stays, and the run can go on.
+    Texts and tokens stay on disk: a pair costs about 120 bytes of memory, 300 while segments are sorted.
     """
     began = time.perf_counter()
     rank, world = ranks(rank, world)
