@@ -11,8 +11,8 @@ import environment
 import pytest
 import readme
 
-from paper_tables.paper import installed
 from paper_tables import readme as results
+from paper_tables.paper import installed
 
 READMES = [
     environment.ROOT / "README.md",

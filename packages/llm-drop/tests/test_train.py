@@ -20,7 +20,7 @@ from model_hooks import RequestError, anatomy, load
 from model_hooks.text import load_sequences
 from model_hooks.zoo import tokenizer as zoo_tokenizer
 from paper_tables.errors import TableError
-from paper_tables.options import deepspeed_file
+from paper_tables.launch import deepspeed_file
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft", reason="needs the extra [train]")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import time
 import warnings
 from collections.abc import Callable
@@ -31,6 +30,7 @@ from llm_drop.prepare import DATA, LOG, START, TRAINED, on_cpu
 from model_hooks.loading import quiet
 from paper_tables import WorkFailed, progress
 from paper_tables.frame import require
+from paper_tables.launch import last_checkpoint
 
 if TYPE_CHECKING:
     from llm_drop.train import TrainConfig
@@ -199,18 +199,6 @@ def _model(config: TrainConfig, prepared: dict[str, Any], source: str, deepspeed
         target_modules=prepared["modules"], target_parameters=prepared["banks"] or None,
     )  # fmt: skip
     return get_peft_model(model, lora)
-
-
-def last_checkpoint(work: Path) -> Path | None:
-    """The newest checkpoint that was written to its end: trainer_state.json comes last."""
-    found = [(int(m[1]), p) for p in work.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
-    for _, path in sorted(found, reverse=True):
-        try:
-            json.loads((path / "trainer_state.json").read_text())
-        except (OSError, ValueError):
-            continue
-        return path
-    return None
 
 
 def heal(config: TrainConfig, prepared: dict[str, Any], arguments: Any) -> dict[str, Any]:

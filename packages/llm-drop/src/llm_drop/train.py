@@ -25,7 +25,8 @@ import torch
 from llm_drop.prepare import LOG, RECORD, START, TRAINED, on_cpu, prepare
 from model_hooks import Card, RequestError
 from paper_tables.errors import nearest
-from paper_tables.options import command_of, deepspeed_file, is_main_process, run_module
+from paper_tables.launch import deepspeed_file, is_main_process, run_module
+from paper_tables.options import command_of
 
 METHODS = {"lora": 2e-4, "full": 1e-5}  # with their usual learning rates
 COUNTS = ("rank", "alpha", "samples", "heldout_samples", "batch_size", "accumulation", "save_every", "log_every")

@@ -77,8 +77,9 @@ def score(
     """
     from model_hooks.loading import load_placed
     from paper_tables import progress
-    from superfiltering import stats, workflow
+    from superfiltering import workflow
     from superfiltering.scores import check_request, read_scores, score_records, write_original
+    from superfiltering.stats import stats as describe_scores
 
     for file in (output, original_jsonl):
         if file is not None:
@@ -98,7 +99,7 @@ def score(
     if original_jsonl is not None:
         write_original(output, original_jsonl)
     found = read_scores(output)
-    told = stats.stats(found.ifd_ppl, statuses=found.statuses)
+    told = describe_scores(found.ifd_ppl, statuses=found.statuses)
     return {"scores": output, **workflow.tell_scores(told, facts)}
 
 
@@ -163,7 +164,9 @@ def diversify(
     """Choose records that stand for all of them (Superfiltering.D: facility location over embeddings)."""
     from superfiltering import workflow
 
-    refuse_existing(output, overwrite)
+    for file in (output, curve):
+        if file is not None:
+            refuse_existing(file, overwrite)
     records = _read(data, schema)
     number = workflow.number_of(records.count(), top, top_n)
     return workflow.diversify_records(
@@ -218,11 +221,14 @@ def stats(
     by: By = "ifd_ppl",
     turns: Turns = "mean",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write all of it as JSON.")] = None,
+    overwrite: Overwrite = False,
 ) -> dict[str, Any]:
     """Quantiles, statuses, and how scores go with the length of the answer."""
     from superfiltering import workflow
     from superfiltering.scores import read_scores
 
+    if output is not None:
+        refuse_existing(output, overwrite)
     found = read_scores(scores, turns)  # type: ignore[arg-type]
     told = workflow.describe(found, by)
     if output is not None:
@@ -264,11 +270,14 @@ def evaluate(
     schema: Schema = "auto",
     dtype: Dtype = "auto",
     device_map: DeviceMap = "",
+    overwrite: Overwrite = False,
 ) -> dict[str, Any]:
     """Loss on the answers of held-out records, and lm-eval tasks."""
     from model_hooks.loading import load_placed
     from superfiltering.eval import answer_loss, task_accuracies
 
+    if output is not None:
+        refuse_existing(output, overwrite)
     records = _read(data, schema, limit=limit)
     loaded, tokenizer = load_placed(model, dtype, device_map)
     found: dict[str, Any] = answer_loss(loaded, tokenizer, records, template=template, max_length=max_length)

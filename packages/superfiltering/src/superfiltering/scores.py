@@ -21,8 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from instruct_data.records import Record, Records
 from instruct_data.journal import canonical
+from instruct_data.records import Record, Records
 from instruct_data.scoring import Pair, merge, score
 from instruct_data.scoring.pairs import Compat
 from instruct_data.scoring.results import SCHEMA as ENGINE
@@ -216,7 +216,8 @@ def _from_original(path: Path) -> RecordScores:
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             found = json.loads(line)
-            rows.append([float(v if v is not None else math.nan) for v in (*found["ppl"][1::2], *found["loss"][1::2])])
+            (direct, cond), (loss_direct, loss_cond) = found["ppl"][1::2], found["loss"][1::2]
+            rows.append([float("nan" if v is None else v) for v in (direct, cond, loss_direct, loss_cond)])
         except (ValueError, KeyError, TypeError, IndexError):
             raise RequestError(
                 f'{path}:{number}: is no line of the original\'s scores ({{"ppl": [0, direct, 0, cond], "loss": ...}})'

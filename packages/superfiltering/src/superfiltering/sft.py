@@ -5,26 +5,33 @@ Every process runs it. It imports what the extra [train] installs, so it is impo
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import datasets
 import torch
 from datasets import Dataset
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 from instruct_data.records import read
 from instruct_data.templates import template
-from model_hooks import load
+from model_hooks import RequestError, load
 from model_hooks.loading import quiet
 from paper_tables import WorkFailed, progress
+from paper_tables.launch import last_checkpoint
 
 if TYPE_CHECKING:
     from superfiltering.train import TrainConfig
+
+
+LOG = "training_log.jsonl"
 
 
 class _Bar(TrainerCallback):
@@ -36,12 +43,17 @@ class _Bar(TrainerCallback):
 
 
 def rows_of(config: TrainConfig, tokenizer: Any) -> Dataset:
-    """A row for every assistant turn: `prompt` with its history, `completion` the answer; not those without one."""
+    """A row for every assistant turn: `prompt` with its history, `completion` the answer; not those without one.
+
+    Raises `RequestError` where no record has an answer.
+    """
     prompt = template(config.template, tokenizer)
     rows = [
         {"prompt": prompt(example), "completion": example.response}
         for record in read(config.data, config.schema) for example in record.examples if example.response
     ]  # fmt: skip
+    if not rows:
+        raise RequestError(f"no record of {config.data} has an answer: there is nothing to learn")
     return Dataset.from_list(rows)
 
 
@@ -59,24 +71,53 @@ def arguments(config: TrainConfig, deepspeed: str | None) -> SFTConfig:
     )  # fmt: skip
 
 
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without the bars of `datasets`, of which TRL shows one for every step of its preparation."""
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bar()
+
+
+def trainer_of(config: TrainConfig, options: SFTConfig, model: Any, tokenizer: Any, *callbacks: Any) -> SFTTrainer:
+    """TRL's trainer, what has no token of an answer left within `max_length` dropped.
+
+    Raises `RequestError` where that is everything.
+    """
+    rows = rows_of(config, tokenizer)
+    trainer = SFTTrainer(model, options, train_dataset=rows, processing_class=tokenizer, callbacks=list(callbacks))
+    if not len(trainer.train_dataset):
+        raise RequestError(
+            f"none of {len(rows)} answers has a token within --max-length {config.max_length} tokens; "
+            "give a larger one"
+        )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
 def fit(config: TrainConfig, deepspeed: str | None) -> dict[str, Any]:
     """Train, and write the weights, gathered, to the work folder. Returns what `train` does."""
     began = time.monotonic()
     options = arguments(config, deepspeed)  # before the model: joins the other processes, and ZeRO-3 cuts what loads
     options._n_gpu = min(options.n_gpu, 1)  # more GPUs are for a launcher: never torch's old DataParallel
-    with quiet(), progress("training steps") as bar:
+    with quiet(), _no_bars(), progress("training steps") as bar:
         model, tokenizer = load(config.model, dtype="bfloat16" if config.bf16 and deepspeed else "float32")
-        rows = rows_of(config, tokenizer)
-        trainer = SFTTrainer(model, options, train_dataset=rows, processing_class=tokenizer, callbacks=[_Bar(bar)])
-        trainer.remove_callback(PrinterCallback)
-        last = get_last_checkpoint(str(config.work)) if config.resume else None
-        trainer.train(resume_from_checkpoint=last)
+        trainer = trainer_of(config, options, model, tokenizer, _Bar(bar))
+        last = last_checkpoint(config.work) if config.resume else None
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         loss = float(losses[-1]) if losses else float(trainer.state.log_history[-1].get("train_loss", math.nan))
         if not math.isfinite(loss):
             raise WorkFailed(f"the training loss became {loss}; nothing was written: lower --learning-rate")
+        if trainer.is_world_process_zero():  # a run that went on has the entries from before too
+            log = "".join(json.dumps(entry) + "\n" for entry in trainer.state.log_history)
+            (Path(config.work) / LOG).write_text(log)
         trainer.save_model(str(Path(config.work) / "trained"))
     return {
-        "output": config.output, "records": len(rows), "steps": trainer.state.global_step, "loss": loss,
-        "seconds": time.monotonic() - began,
+        "output": config.output, "records": len(trainer.train_dataset), "steps": trainer.state.global_step,
+        "loss": loss, "seconds": time.monotonic() - began,
     }  # fmt: skip

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from model_hooks import RequestError
-from paper_tables.options import command_of, deepspeed_file, is_main_process, run_module
+from paper_tables.launch import deepspeed_file, is_main_process, run_module
+from paper_tables.options import command_of
 
 SETTINGS = "settings.json"
 FREE = ("output", "resume", "overwrite", "save_every", "log_every")  # may change when a run goes on
@@ -149,6 +150,8 @@ def _finish(config: TrainConfig, result: dict[str, Any]) -> None:
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     from model_hooks import Card, load, save
+    from model_hooks.files import atomic_write
+    from superfiltering.sft import LOG
 
     unset_hf_deepspeed_config()  # else ZeRO-3 would cut what is loaded now
     model, _ = load(config.work / "trained", tokenizer=False, dtype="bfloat16" if config.bf16 else "float32")
@@ -157,6 +160,7 @@ def _finish(config: TrainConfig, result: dict[str, Any]) -> None:
     card = Card(config.model, f"superfiltering: fine-tuned on {config.data}", "arXiv 2402.00530", measured,
                 config.settings())  # fmt: skip
     save(model, config.output, tokenizer, card=card, overwrite=config.overwrite, source=config.model)
+    atomic_write(config.output / LOG, (config.work / LOG).read_text())
     shutil.rmtree(config.work)
 
 
