@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+
+pytest.importorskip("pyarrow", reason="superfiltering needs pyarrow, which this Python lacks")
+
 from superfiltering.facility import facility_location
 
 

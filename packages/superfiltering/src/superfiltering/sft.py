@@ -5,17 +5,20 @@ Every process runs it. It imports what the extra [train] installs, so it is impo
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -25,6 +28,7 @@ from instruct_data.templates import template
 from model_hooks import RequestError, load
 from model_hooks.loading import quiet
 from paper_tables import WorkFailed, progress
+from paper_tables.frame import require
 from paper_tables.launch import last_checkpoint
 
 if TYPE_CHECKING:
@@ -58,8 +62,9 @@ def rows_of(config: TrainConfig, tokenizer: Any) -> Dataset:
 
 
 def arguments(config: TrainConfig, deepspeed: str | None) -> SFTConfig:
+    """The trainer's arguments; `deepspeed` is a file. Making them joins this process to the others of its launcher."""
     cpu = not torch.accelerator.is_available()
-    return SFTConfig(
+    options = SFTConfig(
         output_dir=str(config.work), max_length=config.max_length, per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulation, num_train_epochs=config.epochs,
         max_steps=config.max_steps or -1, learning_rate=config.learning_rate, lr_scheduler_type="cosine",
@@ -67,8 +72,16 @@ def arguments(config: TrainConfig, deepspeed: str | None) -> SFTConfig:
         gradient_checkpointing=config.gradient_checkpointing, deepspeed=deepspeed, save_steps=config.save_every,
         save_total_limit=2, logging_steps=config.log_every, seed=config.seed, data_seed=config.seed, use_cpu=cpu,
         ddp_backend="gloo" if cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None,
-        disable_tqdm=True, report_to="none", completion_only_loss=True, dataloader_pin_memory=not cpu,
+        logging_nan_inf_filter=False, disable_tqdm=True, report_to="none", completion_only_loss=True,
+        dataloader_pin_memory=not cpu,
+        ddp_timeout=7200,  # the others wait while the first process writes a large model at the end
     )  # fmt: skip
+    if deepspeed:  # loading under ZeRO-3 comes before Trainer would do this
+        # of torch 2.14, about calls that DeepSpeed makes many times a step
+        warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
+        require("deepspeed.comm", extra="train", package="superfiltering").init_distributed(auto_mpi_discovery=False)
+    options._n_gpu = min(options.n_gpu, 1)  # more GPUs are for a launcher: never torch's old DataParallel
+    return options
 
 
 @contextmanager
@@ -83,14 +96,17 @@ def _no_bars() -> Iterator[None]:
             datasets.enable_progress_bar()
 
 
-def trainer_of(config: TrainConfig, options: SFTConfig, model: Any, tokenizer: Any, *callbacks: Any) -> SFTTrainer:
+def trainer_of(
+    config: TrainConfig, options: SFTConfig, model: Any, tokenizer: Any, rows: Dataset, *callbacks: Any
+) -> SFTTrainer:
     """TRL's trainer, what has no token of an answer left within `max_length` dropped.
 
     Raises `RequestError` where that is everything.
     """
-    rows = rows_of(config, tokenizer)
     trainer = SFTTrainer(model, options, train_dataset=rows, processing_class=tokenizer, callbacks=list(callbacks))
     if not len(trainer.train_dataset):
+        with suppress(OSError):  # Trainer has made it; it stays where it holds a run
+            config.work.rmdir()
         raise RequestError(
             f"none of {len(rows)} answers has a token within --max-length {config.max_length} tokens; "
             "give a larger one"
@@ -101,13 +117,16 @@ def trainer_of(config: TrainConfig, options: SFTConfig, model: Any, tokenizer: A
 
 def fit(config: TrainConfig, deepspeed: str | None) -> dict[str, Any]:
     """Train, and write the weights, gathered, to the work folder. Returns what `train` does."""
+    from superfiltering.train import begin
+
     began = time.monotonic()
-    options = arguments(config, deepspeed)  # before the model: joins the other processes, and ZeRO-3 cuts what loads
-    options._n_gpu = min(options.n_gpu, 1)  # more GPUs are for a launcher: never torch's old DataParallel
+    options = arguments(config, deepspeed)  # before the model, since ZeRO-3 cuts what loads
     with quiet(), _no_bars(), progress("training steps") as bar:
         model, tokenizer = load(config.model, dtype="bfloat16" if config.bf16 and deepspeed else "float32")
-        trainer = trainer_of(config, options, model, tokenizer, _Bar(bar))
-        last = last_checkpoint(config.work) if config.resume else None
+        rows = rows_of(config, tokenizer)
+        trainer = trainer_of(config, options, model, tokenizer, rows, _Bar(bar))
+        begin(config, hashlib.blake2b(json.dumps(rows.to_list()).encode(), digest_size=8).hexdigest())
+        last = broadcast_object_list([last_checkpoint(config.work) if config.resume else None])[0]
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         loss = float(losses[-1]) if losses else float(trainer.state.log_history[-1].get("train_loss", math.nan))

@@ -101,7 +101,8 @@ class TrainConfig:
 
     def settings(self) -> dict[str, Any]:
         """What decides the result: a run goes on only with the same."""
-        return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items() if k not in FREE}
+        values = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items() if k not in FREE}
+        return values | {"processes": int(os.environ.get("WORLD_SIZE", "1"))}
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -113,21 +114,25 @@ def train(config: TrainConfig) -> dict[str, Any]:
     from model_hooks.files import refuse_existing, refuse_overlap
     from paper_tables.frame import require
 
-    require("trl", extra="train", package="superfiltering")
+    for module in ("trl", "deepspeed") if config.deepspeed else ("trl",):
+        require(module, extra="train", package="superfiltering")
     refuse_existing(config.output, config.overwrite)
     refuse_overlap(config.output, config.model)
     deepspeed = deepspeed_file(__file__, config.deepspeed)
     _check_goes_on(config)
+    from accelerate import PartialState
+
     from superfiltering.sft import fit
 
     result = fit(config, deepspeed)
     if is_main_process():
         _finish(config, result)
+    PartialState().wait_for_everyone()
     return result
 
 
 def _check_goes_on(config: TrainConfig) -> None:
-    """Raise `RequestError` where the work folder holds another run; begin a new one where it is not to go on."""
+    """Raise `RequestError` where the work folder holds another run, or what is no run."""
     record = config.work / SETTINGS
     if config.work.exists() and not record.is_file() and any(config.work.iterdir()):
         raise RequestError(f"{config.work} is in the way: checkpoints go there; move it or rename --output")
@@ -138,11 +143,24 @@ def _check_goes_on(config: TrainConfig) -> None:
                 f"{config.work} holds a run with {changed[0]} {then.get(changed[0])!r}, not {now[changed[0]]!r}; "
                 "give the same, or --no-resume to begin again"
             )
-    elif is_main_process():
-        from model_hooks.files import atomic_write
 
+
+def begin(config: TrainConfig, content: str) -> None:
+    """Write down what the run is, `content` a hash of its data; nothing of a request that failed before is left.
+
+    Raises `RequestError` where a run that is to go on was on other data.
+    """
+    from model_hooks.files import atomic_write
+
+    record = config.work / SETTINGS
+    if config.resume and record.is_file():
+        if json.loads(record.read_text()).get("content") != content:
+            raise RequestError(
+                f"{config.work} holds a run on other records than {config.data} has now; --no-resume begins again"
+            )
+    elif is_main_process():
         shutil.rmtree(config.work, ignore_errors=True)
-        atomic_write(record, json.dumps(config.settings(), indent=1) + "\n")
+        atomic_write(record, json.dumps({**config.settings(), "content": content}, indent=1) + "\n")
 
 
 def _finish(config: TrainConfig, result: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,13 @@ def run_module(name: str, command: Callable[..., Any], arguments: list[str], hel
     given = [a for a in arguments if not a.startswith(("--local_rank=", "--local-rank="))]
     app = make_app(name, help=help)
     app.command("run")(command)
-    app(["run", *given], prog_name=f"python -m {name}")
+    try:
+        app(["run", *given], prog_name=f"python -m {name}")
+    except SystemExit as end:
+        distributed = sys.modules.get("torch.distributed")
+        if not end.code and distributed is not None and distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()  # its threads would abort a process that ends before they do
+        raise
 
 
 def is_main_process() -> bool:
