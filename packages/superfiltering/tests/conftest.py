@@ -13,7 +13,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from model_hooks.zoo import tokenizer as zoo_tokenizer
 
-WORDS = "the value of self is returned as a list if not in (x) = 0 : def f return None . , and for every item".split()
+WORDS = ["the", "value", "of", "self", "is", "returned", "as", "a", "list", "if", "not", "in", "(x)", "=", "0", ":",
+         "def", "f", "return", "None", ".", ",", "and", "for", "every", "item"]  # fmt: skip
 
 
 def build(seed: int = 0, **changes: Any) -> GPT2LMHeadModel:

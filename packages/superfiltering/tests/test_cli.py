@@ -82,7 +82,9 @@ def test_the_whole_way(data: str, weak: Path, strong: Path, alpaca: Any) -> None
     assert (chosen["chosen"], chosen["asked"], chosen["records"]) == (12, 12, 40)
     assert chosen["dropped"] == [{"reason": "ranked lower", "records": 28}]
 
-    spread = said("diversify", "best.jsonl", "--top-n", 4, "--encoder", weak, "-o", "diverse.jsonl", "--curve", "c.json")
+    spread = said(
+        "diversify", "best.jsonl", "--top-n", 4, "--encoder", weak, "-o", "diverse.jsonl", "--curve", "c.json"
+    )
     assert spread["chosen"] == len(loaded("diverse.jsonl")) == 4
     assert all(record in best for record in loaded("diverse.jsonl"))
     gains = json.loads(Path("c.json").read_text())["gains"]
@@ -124,7 +126,20 @@ def test_conversations_keep_their_shape(key: str, talks: Talks, lines: Any, weak
     assert all(record[key] == by_id[record["id"]][key] for record in scores)
     assert all(record["ifd_ppl"] < 1 for record in scores)
     for how in ("min", "token-weighted", "last"):
-        said("select", data, "--scores", "out/scores.parquet", "--turns", how, "--top-n", 2, "--max", 0, "-o", f"{how}.jsonl")
+        said(
+            "select",
+            data,
+            "--scores",
+            "out/scores.parquet",
+            "--turns",
+            how,
+            "--top-n",
+            2,
+            "--max",
+            0,
+            "-o",
+            f"{how}.jsonl",
+        )
         values = read_scores("out/scores.parquet", how).ifd_ppl  # type: ignore[arg-type]
         assert [int(r["id"].split("-")[1]) for r in loaded(f"{how}.jsonl")] == original_selection(
             values, 1.0, threshold=float("inf")

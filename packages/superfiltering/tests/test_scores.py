@@ -16,8 +16,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from superfiltering.scores import (
-    SCHEMA, check_same, content_of, read_scores, score_records, scores_within, work_folder, write_original,
-)  # fmt: skip
+    SCHEMA,
+    check_same,
+    content_of,
+    read_scores,
+    score_records,
+    scores_within,
+    work_folder,
+    write_original,
+)
 from superfiltering.select import original_selection, select
 from superfiltering.workflow import positions_of, scores_for, select_records
 
@@ -97,9 +104,9 @@ def test_scores_of_other_data_are_refused_by_the_record(loaded: Any, alpaca: Any
     check_same(read(rows), scores, file)
     check_same(read([{**row, "topic": "other", "score": 3} for row in rows]), scores, file)  # none of its texts
     changes: dict[str, tuple[list[dict[str, Any]], str]] = {
-        "edited": (rows[:4] + [{**rows[4], "output": "changed"}] + rows[5:], "the texts of record 4, id 4"),
+        "edited": ([*rows[:4], {**rows[4], "output": "changed"}, *rows[5:]], "the texts of record 4, id 4"),
         "renamed": ([*rows[:2], {**rows[2], "id": "x"}, *rows[3:]], "record 2 has id x, its score id 2"),
-        "shorter": (rows[:5], "6 scores, .* 5 records"),
+        "shorter": (rows[:5], r"6 scores, .* 5 records"),
         "longer": ([*rows, rows[0]], "record 6 has id 6, its score id none"),
         "shuffled": (rows[::-1], "record 0"),
     }
@@ -128,7 +135,9 @@ def test_an_older_output_is_no_result_of_another_process(loaded: Any, alpaca: An
     assert len(read_scores(file).ids) == 8
 
 
-def test_a_share_that_another_process_has_written_is_done(loaded: Any, alpaca: Any, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_share_that_another_process_has_written_is_done(
+    loaded: Any, alpaca: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
     from superfiltering import scores
 
     file, real = tmp_path / "scores.parquet", scores.score
@@ -184,7 +193,7 @@ def test_original_lines_written_are_strict_and_read_back(loaded: Any, alpaca: An
     ours, theirs = read_scores(tmp_path / "scores.parquet"), read_scores(tmp_path / "o.jsonl")
     np.testing.assert_allclose(theirs.ifd_ppl, ours.ifd_ppl)
     np.testing.assert_allclose(theirs.ifd_loss, ours.ifd_loss)
-    with pytest.raises(RequestError, match="7 lines, .* 6 records"):
+    with pytest.raises(RequestError, match=r"7 lines, .* 6 records"):
         scores_for(read(alpaca(6)), tmp_path / "o.jsonl", "ifd_ppl")
 
 

@@ -1,4 +1,4 @@
-"""Fine-tuning: what is learned from, that it helps, that a stopped run goes on, that a wrong request changes nothing."""
+"""Fine-tuning: what is learned from, that it helps, that a stopped run goes on, that a wrong request writes nothing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from paper_tables.errors import TableError
 from paper_tables.launch import deepspeed_file
 
 pytest.importorskip("trl", reason="needs the extra [train]")
-from superfiltering import sft  # noqa: E402 - only where the extra is installed
+from superfiltering import sft
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 QUICK: dict[str, Any] = {
@@ -94,7 +94,7 @@ def test_the_loss_is_on_answers_and_their_end_alone(weak: Path, talks: Any, line
     prompt = template("none")
     for example, ids, labels in zip(examples, batch["input_ids"], batch["labels"]):
         learned = [int(label) for label in labels if label != -100]
-        whole = tokenizer.encode(prompt(example) + example.response) + [tokenizer.eos_token_id]
+        whole = [*tokenizer.encode(prompt(example) + example.response), tokenizer.eos_token_id]
         assert [int(i) for i in ids[: len(whole)]] == whole
         start = len(tokenizer.encode(prompt(example)))
         assert learned == whole[start:]
@@ -103,7 +103,9 @@ def test_the_loss_is_on_answers_and_their_end_alone(weak: Path, talks: Any, line
     with torch.no_grad():
         loss = float(trainer.compute_loss(model, dict(batch)))
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].double()
-    wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100)
+    wanted = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100
+    )
     assert loss == pytest.approx(float(wanted), rel=1e-5)
 
 
@@ -206,6 +208,7 @@ def test_a_killed_process_goes_on_to_the_same_weights(weak: Path, data: str, tmp
     assert not stopped.output.exists()
     train(stopped)
     assert largest_difference(weights(tmp_path / "straight"), weights(stopped.output)) == 0
+
 
 WRONG: dict[str, tuple[list[str], str]] = {
     "template": (["--template", "alpacca"], "no template 'alpacca'"),

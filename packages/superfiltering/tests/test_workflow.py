@@ -16,7 +16,15 @@ from superfiltering import superfilter
 from superfiltering.scores import RecordScores, read_scores, score_records
 from superfiltering.select import select
 from superfiltering.workflow import (
-    compare_scores, describe, diversify_records, labels_of, number_of, rows_of, run_all, texts_of, write_chosen,
+    compare_scores,
+    describe,
+    diversify_records,
+    labels_of,
+    number_of,
+    rows_of,
+    run_all,
+    texts_of,
+    write_chosen,
 )  # fmt: skip
 
 from instruct_data.records import read
@@ -36,13 +44,20 @@ def test_rows_of_the_page(alpaca: Any, talks: Any) -> None:
     rows = list(rows_of(read(alpaca(3)), some_scores([0.5, math.nan, 2.0]), [2]))
     assert [row["selected"] for row in rows] == [False, False, True]
     assert [row["ifd_ppl"] for row in rows] == [0.5, None, 2.0]
-    assert [(row["id"], row["status"], row["tokens"]) for row in rows] == [("0", "ok", 0), ("1", "failed", 1), ("2", "ok", 2)]
+    assert [(row["id"], row["status"], row["tokens"]) for row in rows] == [
+        ("0", "ok", 0),
+        ("1", "failed", 1),
+        ("2", "ok", 2),
+    ]
     assert [row["response"] for row in rows] == [r["output"] for r in alpaca(3)]
     one, two, _ = rows_of(read(talks(3)), some_scores([1, 1, 1]))
     assert "selected" not in one
     assert "conversation" not in one
     assert [t["content"] for t in two["conversation"]] == [t["value"] for t in talks(3)[1]["conversations"]]
-    assert (two["instruction"], two["response"]) == (two["conversation"][0]["content"], two["conversation"][-1]["content"])
+    assert (two["instruction"], two["response"]) == (
+        two["conversation"][0]["content"],
+        two["conversation"][-1]["content"],
+    )
 
 
 @given(st.integers(1, 10**6), st.integers(1, 1000))
@@ -60,7 +75,11 @@ def test_shares_are_rounded_down(records: int, tenths: int) -> None:
 def test_chosen_records_are_written_as_they_were_read(tmp_path_factory: Any, values: list[float], data: Any) -> None:
     text = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
     rows = [
-        {"instruction": data.draw(text), "output": data.draw(text), "extra": data.draw(st.sampled_from([None, [1], 0.1]))}
+        {
+            "instruction": data.draw(text),
+            "output": data.draw(text),
+            "extra": data.draw(st.sampled_from([None, [1], 0.1])),
+        }
         for _ in values
     ]
     chosen, output = select(values, top_n=len(values)).chosen, tmp_path_factory.getbasetemp() / "chosen.jsonl"
@@ -93,7 +112,11 @@ def test_quotas_of_a_diverse_choice(alpaca: Any, tmp_path: Path) -> None:
 def test_scores_are_compared_by_id(tmp_path: Path, weak: Path, strong: Path, alpaca: Any) -> None:
     """Another order and a record more on one side change nothing."""
     rows = [{"id": f"r{n}", **row} for n, row in enumerate(alpaca(25))]
-    for name, folder, some in (("a", weak, rows), ("b", strong, rows), ("c", strong, rows[::-1] + [{**rows[0], "id": "x"}])):
+    for name, folder, some in (
+        ("a", weak, rows),
+        ("b", strong, rows),
+        ("c", strong, [*rows[::-1], {**rows[0], "id": "x"}]),
+    ):
         score_records(*load(folder, dtype="float32"), read(some), tmp_path / f"{name}.parquet", budget=1)
     left, *others = (tmp_path / f"{name}.parquet" for name in "abc")
     same, more = (compare_scores(left, other, by="ifd_ppl", turns="mean", resamples=0) for other in others)

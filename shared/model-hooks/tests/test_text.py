@@ -67,7 +67,7 @@ def test_fields_are_joined_where_none_is_called_text(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "x"}\n{"text"\n', r"a\.jsonl:2: not JSON"),
         ("a.jsonl", b'{"n": 3}\n', r"a\.jsonl:1: no text in it"),
         ("a.json", b'{"text": "x"}', "a list of records is expected"),
-        ("a.json", b'[{"text": "x"},\n]', r"a\.json:2: not JSON"),
+        ("a.json", b'[{"text": "x"},\n{"text"]', r"a\.json:2: not JSON"),
         ("a.parquet", b"no", "not a Parquet file"),
         ("a.csv", b"x", "unknown kind of file"),
     ],

@@ -108,8 +108,7 @@ def trainer_of(
         with suppress(OSError):  # Trainer has made it; it stays where it holds a run
             config.work.rmdir()
         raise RequestError(
-            f"none of {len(rows)} answers has a token within --max-length {config.max_length} tokens; "
-            "give a larger one"
+            f"none of {len(rows)} answers has a token within --max-length {config.max_length} tokens; give a larger one"
         )
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -81,13 +81,15 @@ def scores_of(cell: Cell, context: Context, which: str) -> RecordScores:
             score_records(model, tokenizer, records, file, template=template, name=cell[which], progress=bar, **options)
             return read_scores(file)
 
-    return context.once(("scores", _data_key(cell), cell[which], *options.values()), make)
+    made_with = (cell.get("template", "none"), cell.get("dtype", "float32"), *options.values())
+    return context.once(("scores", _data_key(cell), cell[which], *made_with), make)
 
 
 def _load(cell: Cell, context: Context, name: str) -> tuple[Any, Any]:
     from model_hooks.loading import load_placed
 
-    return context.latest("model", name, lambda: load_placed(name, cell.get("dtype", "float32")))
+    dtype = cell.get("dtype", "float32")
+    return context.latest("model", (name, dtype), lambda: load_placed(name, dtype))
 
 
 def _agreement(cell: Cell, context: Context) -> dict[str, Any]:
@@ -159,7 +161,7 @@ def _diverse(cell: Cell, context: Context, pool: list[int], number: int) -> list
 
 
 def _student(cell: Cell, context: Context) -> dict[str, Any]:
-    """The student's loss on held-out records after fine-tuning on what the row takes, and before."""
+    """The student's loss on held-out records after fine-tuning on what the row takes."""
     from instruct_data.records import read
     from instruct_data.writing import write
 

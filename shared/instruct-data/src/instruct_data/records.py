@@ -190,6 +190,8 @@ def read(
     Raises `BadRecord`, `DuplicateIds` and plain `RequestError`: here for what the first records show, later from the
     passes over the result.
     """
+    if limit is not None and limit < 1:
+        raise RequestError(f"limit {limit}: at least 1 record is needed")
     found = open_source(source, name, split, subset, encoding_errors)
     if limit is not None:
         found = replace(found, rows=lambda whole=found.rows: islice(whole(), limit))  # type: ignore[misc]
