@@ -19,7 +19,15 @@ import environment
 import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
-NEVER = {"deepspeed", "lm-eval", "peft", "pytest", "ruff", "sentence-transformers", "trl"}  # of extras and the developer's group
+NEVER = {
+    "deepspeed",
+    "lm-eval",
+    "peft",
+    "pytest",
+    "ruff",
+    "sentence-transformers",
+    "trl",
+}  # of extras and the developer's group
 
 
 @cache
