@@ -86,6 +86,29 @@ def test_force_and_publish(call, papers):
     assert "5/5" in call("list", "--results", "elsewhere").stdout
 
 
+def test_publishing_writes_the_results_of_scale_tiny_into_the_readme(call, papers):
+    readme = papers[0]["demo"].tables_folder.parent / "README.md"
+    readme.write_text("# demo\n\n<!-- results -->\nold figures\n<!-- end of results -->\n\nThe end.\n")
+    said = json.loads(call("run", "demo", "--publish", "--json").stdout)
+    assert said["written"] == [str(readme)]
+    assert "Nothing was measured yet.\n<!-- end of results -->" in readme.read_text()  # quick figures are not for it
+    call("run", "demo", "--scale", "tiny", "--publish")
+    before, _, rest = readme.read_text().partition("<!-- results -->\n")
+    block, _, after = rest.partition("<!-- end of results -->")
+    assert (before, after) == ("# demo\n\n", "\n\nThe end.\n")
+    assert block.startswith("Measured with `demo reproduce --scale tiny` on ")
+    assert "| attention, 6 dropped |" in block
+    assert "- ✓ held: Dropping attention costs less than dropping MLPs at every count." in block
+    assert "quick" not in block
+
+
+def test_a_readme_without_a_place_for_results_is_left_alone(call, papers):
+    readme = papers[0]["demo"].tables_folder.parent / "README.md"
+    readme.write_text("# demo\n\n<!-- results -->\nno end\n")
+    assert json.loads(call("run", "demo", "--publish", "--json").stdout)["written"] == []
+    assert readme.read_text() == "# demo\n\n<!-- results -->\nno end\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

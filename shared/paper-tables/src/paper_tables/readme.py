@@ -47,7 +47,7 @@ def refresh(paper: Paper) -> Path | None:
     """Write the block into the README of `paper`; returns the file, None where there is no place for it."""
     path = readme_of(paper)
     if path is not None:
-        write(path, with_block(path.read_text(), block(paper)).encode())
+        write(path, with_block(path.read_text(), block(paper)))
     return path
 
 
