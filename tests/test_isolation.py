@@ -19,15 +19,8 @@ import environment
 import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
-NEVER = {
-    "deepspeed",
-    "lm-eval",
-    "peft",
-    "pytest",
-    "ruff",
-    "sentence-transformers",
-    "trl",
-}  # of extras and the developer's group
+# of extras and the developer's group
+NEVER = {"deepspeed", "lm-eval", "peft", "pytest", "ruff", "sentence-transformers", "trl"}
 
 
 @cache
