@@ -57,13 +57,16 @@ def repository_files() -> list[Path]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`package` runs a test for every package of the workspace, `method` for every one under packages/."""
+    """Runs a test for every `package` of the workspace, every `method` (under packages/), every console `command`."""
     everything = read_packages()
     if "package" in metafunc.fixturenames:
         metafunc.parametrize("package", everything, ids=lambda package: package.name)
     if "method" in metafunc.fixturenames:
         methods = [package for package in everything if package.folder.parent.name == "packages"]
         metafunc.parametrize("method", methods, ids=lambda package: package.name)
+    if "command" in metafunc.fixturenames:
+        commands = {name: call for package in everything for name, call in package.project.get("scripts", {}).items()}
+        metafunc.parametrize("command", commands.values(), ids=commands.keys())
 
 
 @pytest.fixture(scope="session")

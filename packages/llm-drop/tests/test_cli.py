@@ -16,7 +16,7 @@ import pytest
 import torch
 from llm_drop.cli import app
 from llm_drop.plan import Plan
-from llm_drop.score import Scores
+from llm_drop.scoring import Scores
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from superfiltering.cli import app
 from superfiltering.scores import read_scores
-from superfiltering.select import original_selection
+from superfiltering.selection import original_selection
 from typer.testing import CliRunner, Result
 
 pytestmark = [pytest.mark.usefixtures("room"), pytest.mark.filterwarnings("ignore:max_length 1024 is lowered")]

@@ -25,7 +25,7 @@ from superfiltering.scores import (
     work_folder,
     write_original,
 )
-from superfiltering.select import original_selection, select
+from superfiltering.selection import original_selection, select
 from superfiltering.workflow import positions_of, scores_for, select_records
 
 from instruct_data.records import read
@@ -138,16 +138,16 @@ def test_an_older_output_is_no_result_of_another_process(loaded: Any, alpaca: An
 def test_a_share_that_another_process_has_written_is_done(
     loaded: Any, alpaca: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    from superfiltering import scores
+    from instruct_data import scoring
 
-    file, real = tmp_path / "scores.parquet", scores.score
+    file, real = tmp_path / "scores.parquet", scoring.score
 
     def overtaken(*args: Any, **kwargs: Any) -> Any:
         """The other process ends while this one is between its last record and the merge, and takes its share."""
         real(*args, **kwargs)
         shutil.rmtree(kwargs["folder"])
 
-    monkeypatch.setattr(scores, "score", overtaken)
+    monkeypatch.setattr(scoring, "score", overtaken)
     assert score_records(*loaded, read(alpaca(4)), file, rank=0, world=2) == {"pending": []}
     assert list(tmp_path.iterdir()) == []
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from superfiltering.compare import spearman
+from superfiltering.agreement import spearman
 from superfiltering.noise import CLEAN, KINDS, spoil
 from superfiltering.tables import FIGURES, PAPER, chosen_of, data_of, run, scores_of
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from superfiltering import superfilter
 from superfiltering.scores import RecordScores, read_scores, score_records
-from superfiltering.select import select
+from superfiltering.selection import select
 from superfiltering.workflow import (
     compare_scores,
     describe,

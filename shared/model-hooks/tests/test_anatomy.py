@@ -12,7 +12,7 @@ from families import FAMILIES, LAYERS, SMALL, VOCAB, build, parent, small, sprea
 from torch import nn
 
 from model_hooks import RequestError, UnsupportedArchitectureError, anatomy, drop
-from model_hooks.anatomy import Sublayer
+from model_hooks.structure import Sublayer
 
 
 def norms(block: nn.Module, sublayer: Sublayer) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from model_hooks import Card, RequestError, drop, fingerprint, load, save
 from model_hooks.files import atomic_folder, atomic_write, refuse_existing
-from model_hooks.fingerprint import tensor_digest
+from model_hooks.identity import tensor_digest
 from model_hooks.loading import load_tokenizer, resolve
 
 # ---- atomic_write, atomic_folder

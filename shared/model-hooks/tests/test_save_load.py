@@ -16,10 +16,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import VOCAB, build, ids, vlm
+from families import build, ids, vlm
 from safetensors import safe_open
 
-import model_hooks
 from model_hooks import Card, RequestError, anatomy, checkpoint, drop, load, save
 from model_hooks.lean import FUSE
 
@@ -362,8 +361,3 @@ def test_a_newer_lean_section_is_refused(tmp_path: Path) -> None:
     (tmp_path / "m" / "config.json").write_text(json.dumps(config))
     with pytest.raises(RequestError, match="lean section has version 2, this model_hooks reads 1"):
         load(tmp_path / "m", tokenizer=False)
-
-
-def test_registering_twice_is_harmless_and_cheap() -> None:
-    model_hooks.register()
-    assert build("llama").config.vocab_size == VOCAB

@@ -121,7 +121,7 @@ def bench_unit(model: Any, dropped: Any, index: int, *, context: int, rounds: in
 def bench_calibration(model: Any, *, samples: int, length: int, batch_size: int, rounds: int) -> dict[str, float]:
     """Wall time of a scoring pass over plain forwards of the same data, and its peak of live tensors: at 256 sequences
     over that at 16, and at 64 over what `stored_similarities` needs."""
-    from llm_drop.score import score
+    from llm_drop.scoring import score
 
     ids = token_ids(model, samples, length)
 

@@ -20,8 +20,8 @@ from typing import Any, Literal
 import torch
 
 from llm_drop.plan import ONE_MUST_STAY, Plan
-from llm_drop.score import Scores
-from llm_drop.select import Objective, Unit, plan_of
+from llm_drop.scoring import Scores
+from llm_drop.selection import Objective, Unit, plan_of
 from model_hooks import RequestError, anatomy
 
 Resource = Literal["kv", "latency", "parameters"]

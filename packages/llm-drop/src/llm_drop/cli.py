@@ -83,7 +83,7 @@ def plan(
 ) -> dict[str, Any]:
     """Choose what to drop: by count, or by what may remain of cache bytes, decoding time or parameters."""
     from llm_drop import workflow
-    from llm_drop.score import Scores
+    from llm_drop.scoring import Scores
 
     refuse_existing(output, overwrite)
     found = Scores.load(scores)

@@ -10,13 +10,13 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
-from model_hooks import Anatomy, Card, RequestError
+from model_hooks import RequestError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from llm_drop.train import TrainConfig
+    from model_hooks import Anatomy
 
 RECORD = "prepared.json"
 DATA = "data.safetensors"
@@ -26,6 +26,8 @@ LOG = "training_log.jsonl"
 
 
 def on_cpu() -> bool:
+    import torch
+
     return not torch.accelerator.is_available()
 
 
@@ -35,6 +37,7 @@ def lora_targets(parts: Anatomy) -> tuple[list[str], list[str]]:
     A router is left alone: which expert takes a token is not what a dropped attention spoils.
     Raises `RequestError` where there are none.
     """
+    from torch import nn
     from transformers.pytorch_utils import Conv1D
 
     modules: list[str] = []
@@ -89,7 +92,7 @@ def _prepare(config: TrainConfig, part: Path) -> dict[str, Any]:
 
     from llm_drop.plan import Plan
     from llm_drop.repair import apply
-    from model_hooks import anatomy, load, save
+    from model_hooks import Card, anatomy, load, save
     from model_hooks.loading import resolve
 
     plan = Plan.load(config.plan) if config.plan else None

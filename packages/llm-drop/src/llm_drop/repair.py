@@ -9,14 +9,15 @@ which the scoring pass has measured already. It costs one vector per dropped sub
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from llm_drop.plan import Plan
-from llm_drop.score import Scores
-from llm_drop.select import Unit
+from llm_drop.scoring import Scores
+from llm_drop.selection import Unit
 from model_hooks import RequestError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def constants(plan: Plan, scores: Scores) -> dict[Unit, Tensor]:

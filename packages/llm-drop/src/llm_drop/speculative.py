@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from llm_drop.plan import Plan
 from llm_drop.repair import apply
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def sharing_copy(model: Any) -> Any:

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from llm_drop.score import KINDS, Scores
-from llm_drop.select import Unit, select
+from llm_drop.scoring import KINDS, Scores
+from llm_drop.selection import Unit, select
 
 
 @dataclass(frozen=True)

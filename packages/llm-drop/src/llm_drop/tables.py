@@ -29,8 +29,8 @@ from typing import Any
 
 from llm_drop.plan import Plan
 from llm_drop.repair import apply
-from llm_drop.score import Scores, score
-from llm_drop.select import select, select_iteratively
+from llm_drop.scoring import Scores, score
+from llm_drop.selection import select, select_iteratively
 from llm_drop.speculative import sharing_copy
 from paper_tables import Context, Paper, tables_folder
 from paper_tables.errors import TableError, nearest

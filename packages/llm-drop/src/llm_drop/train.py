@@ -18,15 +18,16 @@ import shutil
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from llm_drop.prepare import LOG, RECORD, START, TRAINED, on_cpu, prepare
-from model_hooks import Card, RequestError
+from model_hooks import RequestError
 from paper_tables.errors import nearest
 from paper_tables.launch import deepspeed_file, is_main_process, run_module
 from paper_tables.options import command_of
+
+if TYPE_CHECKING:
+    from model_hooks import Card
 
 METHODS = {"lora": 2e-4, "full": 1e-5}  # with their usual learning rates
 COUNTS = ("rank", "alpha", "samples", "heldout_samples", "batch_size", "accumulation", "save_every", "log_every")
@@ -196,6 +197,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 def _finish(config: TrainConfig, prepared: dict[str, Any], result: dict[str, Any]) -> None:
     """Write the output from the start and the trained weights; one process, whole tensors."""
+    import torch
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     from model_hooks import load, save
@@ -225,6 +227,8 @@ def _finish(config: TrainConfig, prepared: dict[str, Any], result: dict[str, Any
 
 
 def _card(config: TrainConfig, prepared: dict[str, Any], result: dict[str, Any]) -> Card:
+    from model_hooks import Card
+
     how = f"LoRA of rank {config.rank}" if config.method == "lora" else "all weights trained"
     if config.distill:
         how += f", distilled from {config.undropped}"

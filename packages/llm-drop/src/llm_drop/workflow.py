@@ -8,8 +8,8 @@ from typing import Any
 
 from llm_drop.plan import Plan
 from llm_drop.repair import apply
-from llm_drop.score import Scores, score, score_layerwise
-from llm_drop.select import select, select_iteratively
+from llm_drop.scoring import Scores, score, score_layerwise
+from llm_drop.selection import select, select_iteratively
 from model_hooks import FingerprintMismatch, RequestError
 
 Load = Callable[[], tuple[Any, Any]]
@@ -101,7 +101,7 @@ def _budget_plan(scores: Scores, budgets: Mapping[str, float], load: Load, objec
 
 def _iterative(scores: Scores, counts: Mapping[str, int], load: Load, objective: Any) -> Plan:
     """One unit of each kind asked for is dropped in each round, and what is left is measured again."""
-    from llm_drop.score import data_fingerprint
+    from llm_drop.scoring import data_fingerprint
     from llm_drop.speculative import sharing_copy
 
     rounds = set(counts.values())
@@ -145,7 +145,7 @@ def drop_to_folder(
 ) -> dict[str, Any]:  # fmt: skip
     """Load, drop, measure, write with a model card that says what it cost, and read back."""
     from llm_drop.eval import size
-    from llm_drop.export import FORMATS, export
+    from llm_drop.formats import FORMATS, export
     from model_hooks import Card
     from model_hooks.loading import resolve
 

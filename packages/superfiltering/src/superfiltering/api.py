@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .scores import read_scores, score_records
-from .select import Selection, Share, Turns, select
+from .selection import Selection, Share, Turns, select
 
 
 def superfilter(

@@ -79,7 +79,7 @@ def score(
     from paper_tables import progress
     from superfiltering import workflow
     from superfiltering.scores import check_request, read_scores, score_records, write_original
-    from superfiltering.stats import stats as describe_scores
+    from superfiltering.summary import stats as describe_scores
 
     for file in (output, original_jsonl):
         if file is not None:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from instruct_data.journal import canonical
 from instruct_data.records import Record, Records
-from instruct_data.scoring import Pair, merge, score
+from instruct_data.scoring import Pair, merge
 from instruct_data.scoring.pairs import Compat
 from instruct_data.scoring.results import SCHEMA as ENGINE
 from instruct_data.scoring.results import shard_folder
@@ -33,7 +33,7 @@ from instruct_data.templates import template as template_named
 from model_hooks import FingerprintMismatch, RequestError
 from model_hooks.files import atomic_file, atomic_write
 
-from .select import Turns, aggregate
+from .selection import Turns, aggregate
 
 By = Literal["ifd_ppl", "ifd_loss"]
 BY = ("ifd_ppl", "ifd_loss")
@@ -115,6 +115,8 @@ def score_records(
     to finish writes; for the others the facts have `pending`, the ranks that are still at work. `engine`: options of
     `instruct_data.scoring.score`.
     """
+    from instruct_data.scoring import score
+
     output = Path(output)
     work = work_folder(output)
     prompt = template_named(template, tokenizer)

@@ -21,15 +21,15 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from paper_tables import Context, Paper, tables_folder
 from paper_tables.errors import TableError, nearest
 
 from .noise import spoil
-from .scores import RecordScores
+
+if TYPE_CHECKING:
+    from .scores import RecordScores
 
 Cell = Mapping[str, Any]
 
@@ -94,7 +94,9 @@ def _load(cell: Cell, context: Context, name: str) -> tuple[Any, Any]:
 
 def _agreement(cell: Cell, context: Context) -> dict[str, Any]:
     """Rank correlation and overlap of the tops, of the scores and of the perplexities."""
-    from .compare import compare, spearman
+    import numpy as np
+
+    from .agreement import compare, spearman
 
     weak, strong = scores_of(cell, context, "weak"), scores_of(cell, context, "strong")
     found = compare(weak.ifd_ppl, strong.ifd_ppl, resamples=0)
@@ -111,7 +113,9 @@ def _agreement(cell: Cell, context: Context) -> dict[str, Any]:
 
 def _noise(cell: Cell, context: Context) -> dict[str, Any]:
     """Of the row's kind of records, in percent: discarded (no score, or 1 and more), and within the top share."""
-    from .select import select
+    import numpy as np
+
+    from .selection import select
 
     weak = scores_of(cell, context, "weak")
     kinds = np.array(data_of(cell, context)[1])
@@ -124,7 +128,7 @@ def _noise(cell: Cell, context: Context) -> dict[str, Any]:
 
 def chosen_of(cell: Cell, context: Context) -> list[int]:
     """Positions of the records that the row takes."""
-    from .select import select
+    from .selection import select
 
     rows, _ = data_of(cell, context)
     how, number = cell["choose"], int(len(rows) * cell.get("share", 1.0))
@@ -211,7 +215,7 @@ def _cost(cell: Cell, context: Context) -> dict[str, Any]:
 def _diversity(cell: Cell, context: Context) -> dict[str, Any]:
     """How well what the row takes covers the pool of the best by score."""
     from .facility import coverage
-    from .select import select
+    from .selection import select
 
     scores = scores_of(cell, context, "weak").ifd_ppl
     rows, _ = data_of(cell, context)

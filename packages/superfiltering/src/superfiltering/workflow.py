@@ -18,7 +18,7 @@ from model_hooks.files import atomic_write
 from paper_tables import WorkFailed, progress
 
 from .scores import BY, RecordScores, check_request, check_same, content_of, read_scores, scores_within
-from .select import Selection, select
+from .selection import Selection, select
 
 
 class TooFew(WorkFailed):
@@ -133,7 +133,7 @@ def diversify_records(
 ) -> dict[str, Any]:
     """Choose `number` records that stand for all of them and write them in the order of choice."""
     from .facility import facility_location
-    from .select import allot
+    from .selection import allot
 
     if not 0 < number <= records.count():
         raise RequestError(f"cannot choose {number} of {records.count()} records; ask for 1 to {records.count()}")
@@ -226,7 +226,7 @@ def write_viewer(
 
 def number_of(records: int, top: str, top_n: int) -> int:
     """How many of `records` a share or a number asks for. Raises `RequestError` for neither or none."""
-    from .select import parse_share
+    from .selection import parse_share
 
     if bool(top) == bool(top_n):
         raise RequestError("give --top SHARE or --top-n N, one of them")
@@ -250,7 +250,7 @@ def tell_scores(told: Any, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def compare_scores(first: Path, second: Path, *, by: str, turns: Any, resamples: int) -> dict[str, Any]:
     """Rank correlation and overlaps of two files of scores, joined by record id."""
-    from .compare import align, compare
+    from .agreement import align, compare
 
     a, b = read_scores(first, turns), read_scores(second, turns)
     ids, left, right = align(a.ids, a.by(by), b.ids, b.by(by))
@@ -274,7 +274,7 @@ def compare_scores(first: Path, second: Path, *, by: str, turns: Any, resamples:
 
 def describe(scores: RecordScores, by: str = "ifd_ppl") -> dict[str, Any]:
     """The whole report on scores, as JSON can hold it."""
-    from .stats import stats
+    from .summary import stats
 
     lengths = scores.tokens if scores.tokens.any() else None
     told = asdict(stats(scores.by(by), statuses=scores.statuses, lengths=lengths))

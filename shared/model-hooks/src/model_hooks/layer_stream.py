@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .anatomy import Anatomy, _name_of, _stack, anatomy
 from .errors import RequestError
-from .fingerprint import combined, tensor_digest
+from .identity import combined, tensor_digest
 from .loading import _auto_class, quiet, resolve
+from .structure import Anatomy, _name_of, _stack, anatomy
 
 
 class LayerStream:

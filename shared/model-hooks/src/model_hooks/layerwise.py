@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .anatomy import Anatomy, Block
 from .errors import RequestError
 from .files import atomic_folder
 from .layer_stream import LayerStream
 from .lean import _pack
+from .structure import Anatomy, Block
 from .trace import eval_mode, first_tensor, unpack
 from .watch import Hooks, Progress, ResidualWatcher, check_data, own_share, reduce_sums
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from . import kv
 from .errors import RequestError
+from .registration import PREFIX
 from .trace import first_tensor
 
-PREFIX = "lean_"
 VERSION = 1  # of the `lean` section
 
 # Stands in config.json where the dtype does, which every configuration looks up in torch. The error that a stock class
@@ -151,16 +151,6 @@ def _register_conversions(model_type: str) -> None:
         rules.register_checkpoint_conversion_mapping(PREFIX + model_type, known, overwrite=True)
 
 
-class _LazyLeanConfig:
-    """What AutoConfig finds under `lean_<base>`: makes the real config class, and registers its model, when asked."""
-
-    model_type: str
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        return make_lean_classes(cls.model_type.removeprefix(PREFIX)).from_dict(config_dict, **kwargs)
-
-
 @cache
 def make_lean_classes(base_model_type: str) -> Any:
     """The lean config class for a stock model type; its model classes are registered with the Auto classes."""
@@ -174,16 +164,6 @@ def make_lean_classes(base_model_type: str) -> Any:
         if base_config in auto._model_mapping:
             auto.register(config_class, lean_model_class(auto._model_mapping[base_config]), exist_ok=True)
     return config_class
-
-
-def register() -> None:
-    """Let the Auto classes resolve `lean_<base>` for every base type that transformers knows; nothing is built."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
-
-    for base in CONFIG_MAPPING_NAMES:
-        name = PREFIX + base
-        if name not in CONFIG_MAPPING:
-            CONFIG_MAPPING.register(name, type(name, (_LazyLeanConfig,), {"model_type": name}))
 
 
 def become_lean(model: Any) -> None:

@@ -45,9 +45,10 @@ def load(
     read from safetensors only. Raises `RequestError` for a folder that is not a checkpoint, a truncated safetensors
     file, weights missing, left over or of other shapes than the config says.
     """
+    where = resolve(source)  # before the imports that take seconds
+
     from transformers import AutoTokenizer
 
-    where = resolve(source)
     kwargs = {"dtype": dtype, "device_map": device_map, "use_safetensors": True, **kwargs}
     with quiet():
         try:
@@ -80,11 +81,12 @@ def load_placed(source: str | Path, dtype: str = "auto", device_map: str = "") -
 
     dtype: float32, bfloat16, float16, or auto, as the checkpoint is stored. Raises `RequestError` for another.
     """
-    import torch
-
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise RequestError(f"dtype {dtype!r} is not accepted; give auto, float32, bfloat16 or float16")
     model, tokenizer = load(source, dtype=dtype, device_map=device_map or None)
+
+    import torch
+
     if torch.cuda.is_available() and not device_map:
         model.to("cuda")
     return model, tokenizer
@@ -92,10 +94,12 @@ def load_placed(source: str | Path, dtype: str = "auto", device_map: str = "") -
 
 def load_tokenizer(source: str | Path) -> Any:
     """The tokenizer of `source` alone."""
+    where = resolve(source)
+
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(resolve(source))
+        return AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError) as error:
         raise _explain(source, error) from error
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from . import kv
-from .anatomy import Anatomy, Block, Kind, Sublayer, anatomy, text_config
 from .errors import RequestError, UnsupportedArchitectureError
 from .lean import VERSION, apply_edit, become_lean, become_stock
 from .loading import quiet
+from .structure import Anatomy, Block, Kind, Sublayer, anatomy, text_config
 
 Bias = Mapping[tuple[Kind, int], Tensor]
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 Batching = Literal["padded", "equal_length", "one_by_one"]
 
-CPU_BUDGET, GPU_BUDGET = 512, 32768  # on CPUs larger batches leave the caches
+CPU_BUDGET, GPU_BUDGET = 256, 32768  # on CPUs larger batches leave the caches
 CPU_CANDIDATES = (128, 256, 512, 1024, 2048)
 GPU_CANDIDATES = (4096, 8192, 16384, 32768, 65536)
 PROBE_SECONDS = 5.0

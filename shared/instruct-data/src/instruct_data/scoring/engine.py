@@ -54,7 +54,7 @@ def score(
         pairs: read once, as a stream.
         compat: `original` or `aligned`, see `pairs`.
         max_length: of prompt and response in tokens; lowered, with a warning, to what the model's positions allow.
-        budget: padded tokens a batch may hold; by default 512 on a CPU and 32,768 on a GPU; `auto` measures for at
+        budget: padded tokens a batch may hold; by default 256 on a CPU and 32,768 on a GPU; `auto` measures for at
             most about 5 seconds (and the folder remembers the answer, so that a resumed run makes the same batches).
         folder: holds the journal and the scores; a run that was stopped goes on there. None: nothing is kept.
         rank, world: the share of the pairs to score, by default from RANK and WORLD_SIZE; `merge` joins the shares.
@@ -73,7 +73,10 @@ def score(
         raise RequestError(f"budget {budget}: a batch holds at least 1 token; 1 forwards one by one")
     losses, limit = Losses(model), context_limit(model, max_length)
     encoder = Encoder(tokenizer, compat, limit, vocabulary(model))
-    given = {**(settings or {}), **facts_of(model, tokenizer), "compat": compat, "max_length": limit}
+    # without a folder nobody compares, and hashing the weights takes a second
+    identity = facts_of(model, tokenizer) if folder else {}
+    dtype = str(model.dtype).removeprefix("torch.")
+    given = {**(settings or {}), **identity, "dtype": dtype, "compat": compat, "max_length": limit}
     temporary = None if folder else tempfile.TemporaryDirectory(prefix="scores-")
     root = Path(folder or temporary.name)  # type: ignore[union-attr]
     target = results.shard_folder(root, rank, world)
@@ -124,7 +127,6 @@ def facts_of(model: Any, tokenizer: Any) -> dict[str, str]:
     vocab = json.dumps(sorted(tokenizer.get_vocab().items())).encode("utf-8", "surrogatepass")
     return {
         "model": fingerprint(model),
-        "dtype": str(model.dtype).removeprefix("torch."),
         "tokenizer": hashlib.blake2b(vocab, digest_size=8).hexdigest(),
     }
 

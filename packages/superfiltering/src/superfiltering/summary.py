@@ -14,8 +14,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from model_hooks import RequestError
 
-from .compare import quantile_bins, spearman
-from .select import as_scores
+from .agreement import quantile_bins, spearman
+from .selection import as_scores
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 

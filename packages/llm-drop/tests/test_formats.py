@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from llm_drop import Plan, apply, export
-from llm_drop.export import check_nemotron_nas
+from llm_drop.formats import check_nemotron_nas
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import build

@@ -8,14 +8,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from llm_drop.selection import Objective, Unit
+from model_hooks import FingerprintMismatch, RequestError
 
-from llm_drop.select import Objective, Unit
-from llm_drop.similarity import ResidualSimilarity
-from model_hooks import FingerprintMismatch, RequestError, anatomy, fingerprint
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT = "llm-drop scores 1"
 KINDS = ("attention", "mlp", "block")
@@ -144,6 +143,8 @@ def score(
         UnsupportedArchitectureError: the model's layers could not be read.
         RequestError: no data, or a score that is not finite (the unit is named).
     """
+    from llm_drop.similarity import ResidualSimilarity
+    from model_hooks import anatomy, fingerprint
     from model_hooks.watch import watch
 
     if sequences.dim() != 2 or sequences.numel() == 0:
@@ -183,6 +184,9 @@ def score_layerwise(
         source: checkpoint folder, zoo:NAME or hub id.
         buffer: folder for the hidden states of all samples; without it they are held in RAM.
     """
+    import torch
+
+    from llm_drop.similarity import ResidualSimilarity
     from model_hooks.layer_stream import LayerStream
     from model_hooks.layerwise import watch_layerwise
 
@@ -260,6 +264,8 @@ def _refuse_overflow(
 
 def data_fingerprint(sequences: Tensor, attention_mask: Tensor | None = None) -> str:
     """Content hash of token ids, their shape, and where they are padding."""
+    import torch
+
     ids = sequences.to("cpu", torch.int64).contiguous()
     digest = hashlib.blake2b(str(tuple(ids.shape)).encode(), digest_size=8)
     digest.update(ids.numpy().tobytes())
@@ -269,6 +275,7 @@ def data_fingerprint(sequences: Tensor, attention_mask: Tensor | None = None) ->
 
 
 def _versions() -> dict[str, str]:
+    import torch
     import transformers
 
     return {"torch": torch.__version__, "transformers": transformers.__version__}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from superfiltering.stats import examples, histogram, length_table, quantiles, stats
+from superfiltering.summary import examples, histogram, length_table, quantiles, stats
 
 from model_hooks import RequestError
 

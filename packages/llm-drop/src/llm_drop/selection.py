@@ -17,7 +17,7 @@ from llm_drop.plan import ONE_MUST_STAY, Plan
 from model_hooks import RequestError
 
 if TYPE_CHECKING:
-    from llm_drop.score import Scores
+    from llm_drop.scoring import Scores
 
 Unit = tuple[str, int]  # ("attention" | "mlp" | "block", original index)
 Objective = Literal["cosine", "norm"]

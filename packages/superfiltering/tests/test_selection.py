@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from superfiltering.select import (
+from superfiltering.selection import (
     NO_SCORE,
     RANKED_LOWER,
     REASONS,

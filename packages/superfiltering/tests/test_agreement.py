@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from superfiltering.compare import _resample, _Side, align, compare, midranks, quantile_bins, spearman
-from superfiltering.select import select
+from superfiltering.agreement import _resample, _Side, align, compare, midranks, quantile_bins, spearman
+from superfiltering.selection import select
 
 from model_hooks import RequestError
 

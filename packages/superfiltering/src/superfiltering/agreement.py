@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from model_hooks import RequestError
 
-from .select import Share, as_scores, parse_share, ranked
+from .selection import Share, as_scores, parse_share, ranked
 
 SHARES = (0.05, 0.10, 0.15)
 MEMORY = 2**20  # numbers in a block of resamples
