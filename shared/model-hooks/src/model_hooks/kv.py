@@ -103,7 +103,7 @@ def _before_forward(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def _arguments(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any], str, Any]:
-    """The arguments of a call to `decoder.forward`, the name of its cache argument, and the cache, taken out of them."""
+    """The arguments of a call to `decoder.forward`, its cache argument's name, and the cache taken out of them."""
     if len(args) > 1:  # input_ids alone may come by position; the rest is easier to see by name
         bound = inspect.signature(type(decoder).forward).bind_partial(decoder, *args, **kwargs).arguments
         kwargs = {**bound.pop("kwargs", {}), **{k: v for k, v in bound.items() if k != "self"}}
