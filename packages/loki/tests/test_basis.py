@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lokimodels import build, tokens
 from loki import Basis, LokiConfig, Variance, calibrate
 from loki.basis import Provenance, principal_components, query_aware
 from loki.calibration import KeyStatistics
 from loki.config import dimensions, tokens_read
 from loki.turn import Turn
+from lokimodels import build, tokens
 from safetensors.torch import load_file, save_file
 
 from model_hooks import FingerprintMismatch, RequestError
@@ -50,7 +50,8 @@ def test_components_are_orthogonal_and_eigenvalues_ordered(seed: int, scale: int
     basis = statistics(keys).fit()
     error = basis.components @ basis.components.transpose(-1, -2) - torch.eye(D)
     assert error.abs().max() < 1e-5
-    assert (basis.eigenvalues >= 0).all() and (basis.eigenvalues.diff(dim=-1) <= 0).all()
+    assert (basis.eigenvalues >= 0).all()
+    assert (basis.eigenvalues.diff(dim=-1) <= 0).all()
     total = keys.transpose(0, 1).flatten(1, 2).var(1).sum(-1)
     assert torch.allclose(basis.eigenvalues.sum(-1)[0], total, rtol=1e-4)
 
@@ -115,7 +116,9 @@ def test_query_aware_basis_stays_finite_where_queries_do_not_look() -> None:
     queries = torch.zeros(1, D, D, dtype=torch.float64)
     queries[0, 0, 0] = 4.0
     keys, turned, power = query_aware(torch.eye(D, dtype=torch.float64)[None], queries)
-    assert keys.isfinite().all() and turned.isfinite().all() and (power >= 0).all()
+    assert keys.isfinite().all()
+    assert turned.isfinite().all()
+    assert (power >= 0).all()
     assert (keys.float() @ turned.float().transpose(-1, -2) - torch.eye(D)).abs().max() < 1e-3
 
 
@@ -136,8 +139,10 @@ def test_a_saved_basis_comes_back(tmp_path) -> None:  # type: ignore[no-untyped-
         basis = calibrate(build(), tokens(8, 32), query_aware=aware, name="tiny", text="random", rotary="pre")
         basis.save(tmp_path / "b.safetensors")
         again = Basis.load(tmp_path / "b.safetensors")
-        assert again.about == basis.about and again.layers == basis.layers
-        assert again.about.kind == ("query" if aware else "pca") and again.about.tokens == 256
+        assert again.about == basis.about
+        assert again.layers == basis.layers
+        assert again.about.kind == ("query" if aware else "pca")
+        assert again.about.tokens == 256
         for name in ("components", "eigenvalues", "mean"):
             assert torch.equal(getattr(again, name), getattr(basis, name))
         again.check(build())
@@ -216,7 +221,7 @@ def test_a_share_of_tokens_is_never_none_nor_more_than_there_are(
 
 def test_dimensions_follow_share_count_and_variance() -> None:
     assert [dimensions(d, 128) for d in (0.25, 0.001, 1.0, 1, 128)] == [32, 1, 128, 1, 128]
-    with pytest.raises(RequestError, match="d=129.*128"):
+    with pytest.raises(RequestError, match=r"d=129.*128"):
         dimensions(129, 128)
     for wrong in (0.0, 1.01, float("nan"), True):
         with pytest.raises(RequestError, match="d="):
@@ -232,4 +237,5 @@ def test_principal_components_are_eigenvectors() -> None:
 
 def test_provenance_can_be_renamed() -> None:
     basis = calibrate(build(), tokens(8, 32)).named(text="other")
-    assert basis.about.text == "other" and isinstance(basis.about, Provenance)
+    assert basis.about.text == "other"
+    assert isinstance(basis.about, Provenance)

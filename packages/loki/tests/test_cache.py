@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
-from lokimodels import basis_of, build, tokens
 from loki import LokiCache, enable, session
 from loki.cache import Handed, LokiLayer, StaticLokiLayer, unrotate
 from loki.turn import Turn
+from lokimodels import basis_of, build, tokens
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
@@ -73,7 +73,8 @@ def test_changes_of_a_layer_that_was_never_filled_do_nothing() -> None:
         change()
     layer.reorder_cache(torch.tensor([0]))
     layer.batch_repeat_interleave(2)
-    assert layer.get_seq_length() == 0 and not layer.is_initialized
+    assert layer.get_seq_length() == 0
+    assert not layer.is_initialized
 
 
 def test_state_of_a_method_goes_with_its_rows() -> None:
@@ -85,14 +86,16 @@ def test_state_of_a_method_goes_with_its_rows() -> None:
     layer.batch_select_indices(torch.tensor([0, 4]))
     assert layer.state["heavy"][:, 0, 0].tolist() == [2, 0]
     layer.reset()
-    assert not layer.state and layer.get_seq_length() == 0
+    assert not layer.state
+    assert layer.get_seq_length() == 0
 
 
 def test_a_reset_layer_starts_again() -> None:
     layer, _ = filled(TURN)
     layer.reset()
     keys, _ = layer.update(*states(4, 1))
-    assert keys._loki.fresh and layer.get_seq_length() == 4
+    assert keys._loki.fresh
+    assert layer.get_seq_length() == 4
     assert torch.allclose(layer.keys, TURN.keys(states(4, 1)[0]), atol=1e-6)
 
 
@@ -121,7 +124,8 @@ def test_memory_is_that_of_the_stock_cache_and_growth_is_amortised() -> None:
     mine = DynamicCache()
     mine.layers = [layer]
     assert kv_bytes(mine) == kv_bytes(stock)
-    assert copies <= 2 and layer._keys.shape[2] < 1.6 * 4000
+    assert copies <= 2
+    assert layer._keys.shape[2] < 1.6 * 4000
 
 
 def test_keys_are_handed_over_with_their_layer_and_leave_no_cycle() -> None:
@@ -134,7 +138,9 @@ def test_keys_are_handed_over_with_their_layer_and_leave_no_cycle() -> None:
     later, _ = layer.update(*states(1, 1))
     for keys, fresh in ((first, True), (later, False)):
         handed = keys._loki  # type: ignore[attr-defined]
-        assert isinstance(handed, Handed) and handed.layer is layer and handed.fresh is fresh is handed.original
+        assert isinstance(handed, Handed)
+        assert handed.layer is layer
+        assert handed.fresh is fresh is handed.original
     buffer = weakref.ref(layer._keys)
     gc.disable()
     try:
@@ -149,14 +155,17 @@ def test_buffers_are_not_part_of_a_graph_of_gradients() -> None:
     k, v = (t.requires_grad_() for t in states(4))
     keys, values = layer.update(k, v)
     (keys.sum() + values.sum()).backward()
-    assert k.grad is not None and not layer.keys.requires_grad
+    assert k.grad is not None
+    assert not layer.keys.requires_grad
 
 
 def test_the_static_layer_holds_turned_keys_in_place() -> None:
     layer = StaticLokiLayer(12, TURN)
     for length, fresh in ((5, True), (1, False)):
         keys, values = layer.update(*states(length, length))
-        assert keys.shape[2] == values.shape[2] == 12 and keys._loki.fresh is fresh and keys._loki.length is None
+        assert keys.shape[2] == values.shape[2] == 12
+        assert keys._loki.fresh is fresh
+        assert keys._loki.length is None
     assert int(layer.get_seq_length()) == 6
     assert torch.allclose(layer.keys[:, :, :5], TURN.keys(states(5, 5)[0]), atol=1e-6)
     layer.reset()
@@ -207,7 +216,8 @@ def test_a_static_cache_is_converted_and_turned_back() -> None:
             ids, max_new_tokens=2, cache_implementation="static", disable_compile=True, return_dict_in_generate=True
         )
     cache = out.past_key_values
-    assert isinstance(cache, StaticCache) and {type(layer) for layer in cache.layers} == {StaticLokiLayer}
+    assert isinstance(cache, StaticCache)
+    assert {type(layer) for layer in cache.layers} == {StaticLokiLayer}
     plain = unrotate(cache)
     assert not any(isinstance(layer, StaticLayer) for layer in plain.layers)
     for mine, theirs in zip(plain.layers, stock.layers, strict=True):

@@ -9,9 +9,9 @@ import tracemalloc
 
 import pytest
 import torch
-from lokimodels import FAMILIES, LAYERS, build, tokens
 from loki import Basis, calibrate, enable
 from loki.calibration import KeyStatistics, collect
+from lokimodels import FAMILIES, LAYERS, build, tokens
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from model_hooks import RequestError
@@ -63,7 +63,8 @@ def test_a_model_without_rotary_embedding_has_the_same_keys_before_and_after() -
     config = GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64, eos_token_id=None)
     model = GPT2LMHeadModel(config).eval()
     before, after = (collect(model, IDS, rotary=rotary) for rotary in ("pre", "post"))
-    assert torch.equal(before.sums["outer"], after.sums["outer"]) and int(before.sums["count"][0]) == IDS.numel()
+    assert torch.equal(before.sums["outer"], after.sums["outer"])
+    assert int(before.sums["count"][0]) == IDS.numel()
 
 
 @pytest.mark.parametrize("rotary", ["post", "pre"])
@@ -93,7 +94,8 @@ def test_the_model_comes_back_as_it_was() -> None:
     model.train()
     enable(model, calibrate(model, IDS))
     calibrate(model, IDS, rotary="pre")
-    assert model.training and model.config._attn_implementation == "sdpa"
+    assert model.training
+    assert model.config._attn_implementation == "sdpa"
     assert not any("_loki" in module.__dict__ for module in model.modules())
     assert not any(module._forward_pre_hooks for module in model.modules())
 
@@ -110,7 +112,7 @@ def test_an_error_leaves_the_model_as_it_was() -> None:
 
 def test_too_few_tokens_are_refused_and_few_warned_of() -> None:
     model = build()
-    with pytest.raises(RequestError, match="7 tokens are too few.*8"):
+    with pytest.raises(RequestError, match=r"7 tokens are too few.*8"):
         calibrate(model, IDS[:1, :7])
     with pytest.warns(UserWarning, match="24 tokens are few"):
         calibrate(model, IDS[:1])
@@ -143,7 +145,8 @@ def test_a_stopped_calibration_goes_on(tmp_path, monkeypatch: pytest.MonkeyPatch
         calibrate(model, IDS, batch_size=1, journal=journal, progress=stop)
     steps: list[tuple[int, int]] = []
     resumed = calibrate(model, IDS, batch_size=1, journal=journal, progress=lambda d, t: steps.append((d, t)))
-    assert steps == [(3, 6), (4, 6), (5, 6), (6, 6)] and not journal.exists()
+    assert steps == [(3, 6), (4, 6), (5, 6), (6, 6)]
+    assert not journal.exists()
     assert torch.equal(resumed.components, calibrate(model, IDS, batch_size=1).components)
 
 
@@ -151,7 +154,8 @@ def test_layers_that_never_ran_are_left_out() -> None:
     found = KeyStatistics([0, 1, 2], 1, 4, queries=True)
     found.see(1, torch.randn(1, 1, 9, 4), torch.randn(1, 2, 9, 4), torch.ones(1, 9, dtype=torch.bool))
     kept = found.only(found.sums["count"] > 0)
-    assert kept.layers == (1,) and torch.equal(kept.sums["queries"][0], found.sums["queries"][1])
+    assert kept.layers == (1,)
+    assert torch.equal(kept.sums["queries"][0], found.sums["queries"][1])
 
 
 def test_query_moments_count_every_head_of_a_group() -> None:
@@ -182,6 +186,6 @@ def test_state_of_a_large_model_stays_within_64_mb() -> None:
 
 
 def test_importing_the_package_imports_no_torch() -> None:
-    code = "import sys, json, loki; loki.__dir__(); print(json.dumps([m for m in ('torch', 'transformers') if m in sys.modules]))"
+    code = "import sys, json, loki; dir(loki); print(json.dumps([*{'torch', 'transformers'} & {*sys.modules}]))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == []

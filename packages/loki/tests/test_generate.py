@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from lokimodels import FAMILIES, basis_of, build, decoded, tokens
 from loki import LokiCache, calibrate, disable, enable, session
 from loki.attention import attend
+from lokimodels import FAMILIES, basis_of, build, decoded, tokens
 from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
 
@@ -149,7 +149,8 @@ def test_sliding_layers_are_bit_identical() -> None:
         hook = attention.register_forward_hook(lambda m, a, out, loki=loki: seen[loki].append(out[0]))
         decoded(model, ids, prompt=20)
         hook.remove()
-    assert len(seen[False]) == 11 and all(torch.equal(a, b) for a, b in zip(*seen.values(), strict=True))
+    assert len(seen[False]) == 11
+    assert all(torch.equal(a, b) for a, b in zip(*seen.values(), strict=True))
 
 
 def test_both_registrations_are_there_and_go_nowhere() -> None:
@@ -228,7 +229,8 @@ def test_gradients_make_attention_dense_with_one_warning() -> None:
     with pytest.warns(UserWarning, match="gradients") as caught:
         loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
-    assert len(caught) == 1 and float(loss) == pytest.approx(float(expected), abs=1e-5)
+    assert len(caught) == 1
+    assert float(loss) == pytest.approx(float(expected), abs=1e-5)
     assert all(p.grad is not None for p in model.parameters())
 
 
@@ -242,7 +244,8 @@ def test_gradients_flow_through_softcapped_attention() -> None:
         loss.backward()
         losses.append(float(loss))
         grads.append(model.model.layers[1].self_attn.k_proj.weight.grad)
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5) and torch.allclose(*grads, atol=1e-5)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert torch.allclose(*grads, atol=1e-5)
 
 
 @torch.no_grad()

@@ -10,15 +10,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lean_kernels.ref.loki import selected
-from lokimodels import FAMILIES, basis_of, build, decoded, tokens
 from loki import Basis, LokiConfig, Variance, layer_budgets, session, stats
 from loki.beyond import captured_curves
 from loki.config import tokens_read
 from loki.method import NAMES, Step, attention_weights, find, keep_top
 from loki.rows import read_mask
 from loki.sessions import runtime_of
+from lokimodels import FAMILIES, basis_of, build, decoded, tokens
 
+from lean_kernels.ref.loki import selected
 from model_hooks import RequestError
 
 SPARSE: dict[str, Any] = {"k": 0.25, "d": 0.5, "sink": 1, "recent": 2, "min_k": 3, "min_length": 0}
@@ -194,7 +194,8 @@ def test_h2o_counts_the_attention_of_the_prompt() -> None:
 def test_snapkv_keeps_what_the_last_queries_voted_for() -> None:
     s = step(60, 60, k=0.75, sink=0, recent=0, min_k=0)
     method = find("snapkv")
-    assert method.prompt(s) is None and s.state is not None
+    assert method.prompt(s) is None
+    assert s.state is not None
     weights = torch.cat([w for _, w in attention_weights(s)], 3)[:, :, :, 28:].mean(2).sum(2)  # [B, Hkv, S]
     for b, h in itertools.product(range(B), range(KV)):
         smooth = [float(weights[b, h, max(0, j - 2) : j + 3].sum() / 5) for j in range(60)]
@@ -203,7 +204,8 @@ def test_snapkv_keeps_what_the_last_queries_voted_for() -> None:
     later = step(1, 64)
     later.state = s.state
     allowed = method.allowed(later)
-    assert torch.equal(allowed[:, :, 0, :60], s.state["alive"]) and allowed[..., 60:].all()
+    assert torch.equal(allowed[:, :, 0, :60], s.state["alive"])
+    assert allowed[..., 60:].all()
 
 
 @torch.no_grad()
@@ -217,7 +219,8 @@ def test_methods_that_evict_attend_to_what_they_kept_in_a_second_turn() -> None:
             alive = cache.layers[1].state["alive"]
             model(input_ids=ids[:, 51:], past_key_values=cache)
             now = cache.layers[1].state["alive"]
-        assert not alive.all() and not (now[..., : alive.shape[-1]] & ~alive).any()
+        assert not alive.all()
+        assert not (now[..., : alive.shape[-1]] & ~alive).any()
 
 
 @torch.no_grad()
@@ -255,7 +258,8 @@ def test_mass_takes_the_fewest_tokens_that_hold_it() -> None:
     shares = (scores * s.scale).masked_fill(~s.rows.visible, -torch.inf).softmax(-1)
     held = (shares * allowed).sum(-1)
     least = (shares.masked_fill(~allowed, 2.0)).amin(-1)
-    assert (held >= 0.6).all() and (held - least < 0.6).all()
+    assert (held >= 0.6).all()
+    assert (held - least < 0.6).all()
     capped = find("loki").allowed(step(2, 40, **{**settings, "k": 3}, mass=0.99))
     assert (capped.sum(-1) == 3).all()
     assert torch.allclose(find("loki").decode(s), naive(s, allowed), atol=1e-12)
@@ -273,7 +277,8 @@ def test_more_tokens_and_dimensions_capture_more_attention() -> None:
 
     by_k = [captured(k=k, d=0.5) for k in (0.1, 0.2, 0.4, 0.8)]
     by_d = [captured(k=0.25, d=d) for d in (1, 2, 4, 8)]
-    assert by_k == sorted(by_k) and by_d == sorted(by_d)
+    assert by_k == sorted(by_k)
+    assert by_d == sorted(by_d)
     assert by_d[-1] - by_d[0] > 0.05
 
 
@@ -294,9 +299,12 @@ def test_stats_tell_what_was_read() -> None:
         means = stats(model)
         assert sorted(means) == [0, 1, 2, 3]
         for layer in means.values():
-            assert layer["steps"] == 5 and layer["seconds"] > 0
-            assert 0 < layer["jaccard"] <= layer["recall"] <= 1 and 0 < layer["captured"] <= 1
-            assert layer["selected"] == pytest.approx(0.25, abs=0.03) and layer["union"] > layer["selected"]
+            assert layer["steps"] == 5
+            assert layer["seconds"] > 0
+            assert 0 < layer["jaccard"] <= layer["recall"] <= 1
+            assert 0 < layer["captured"] <= 1
+            assert layer["selected"] == pytest.approx(0.25, abs=0.03)
+            assert layer["union"] > layer["selected"]
     with session(model, method="topk", stats=True, stats_every=1, **SPARSE):
         decoded(model, ids, prompt=30)
         assert all(layer["recall"] > 0.7 for layer in stats(model).values())
@@ -324,7 +332,9 @@ def test_layer_budgets_go_where_attention_is_missed() -> None:
             layer_budgets(curves, wrong, shares)
     model = build()
     measured = captured_curves(model, basis_of("Llama"), tokens(2, 40), (0.1, 0.5, 1.0), d=0.5)
-    assert (measured.diff(dim=-1) >= 0).all() and (measured[:, -1] == 1).all() and (measured[:, 0] < 1).all()
+    assert (measured.diff(dim=-1) >= 0).all()
+    assert (measured[:, -1] == 1).all()
+    assert (measured[:, 0] < 1).all()
     budgets = layer_budgets(measured, 0.4, (0.1, 0.5, 1.0))
     with session(model, basis_of("Llama"), k=budgets):
         assert [handler.k for handler in runtime_of(model).layers.values()] == budgets
@@ -345,8 +355,11 @@ def test_short_rows_are_dense_up_to_min_length() -> None:
     counts = find("loki").allowed(s).sum(-1)[0, 0].tolist()
     assert counts == [13, 14, 15, 4, 5, 5, 5, 5]
     auto = LokiConfig().on("cpu").min_length
-    assert auto and [LokiConfig(**c).on("cpu").min_length for c in (
-        {"prefill": "masked"}, {"backend": "torch"}, {"stats": True}, {"min_length": 7})] == [0, 0, 0, 7]  # fmt: skip
+    assert auto
+    assert [
+        LokiConfig(**c).on("cpu").min_length
+        for c in ({"prefill": "masked"}, {"backend": "torch"}, {"stats": True}, {"min_length": 7})
+    ] == [0, 0, 0, 7]
 
 
 def test_work_is_cut_into_parts_without_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,5 +372,6 @@ def test_work_is_cut_into_parts_without_a_change(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_basis_of_one_model_fits_every_method_of_it() -> None:
-    assert isinstance(basis_of("Llama"), Basis) and {find(n).needs_basis for n in ("loki", "pca")} == {True}
+    assert isinstance(basis_of("Llama"), Basis)
+    assert {find(n).needs_basis for n in ("loki", "pca")} == {True}
     assert not any(find(n).needs_basis for n in NAMES if n not in ("loki", "pca"))

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from lokimodels import SMALL, basis_of, build, tokens
 from loki import LokiConfig, Variance, calibrate, enable, session
 from loki.rows import read_mask
+from lokimodels import SMALL, basis_of, build, tokens
 
 from model_hooks import RequestError
 
@@ -52,7 +52,8 @@ def test_settings_that_do_not_fit_leave_the_model_alone(changes: dict[str, Any],
     enable(model, basis_of("Llama"), k=0.5)
     with pytest.raises(RequestError, match=message):
         enable(model, basis_of("Llama"), **changes)
-    assert model.__dict__["_loki_runtime"].config.k == 0.5 and model.config._attn_implementation == "loki"
+    assert model.__dict__["_loki_runtime"].config.k == 0.5
+    assert model.config._attn_implementation == "loki"
 
 
 def test_a_count_above_the_length_is_dense_and_no_error() -> None:
@@ -124,7 +125,9 @@ def test_masks_that_loki_cannot_read() -> None:
     additive = torch.zeros(1, 1, 1, 9)
     additive[..., :3] = torch.finfo(torch.float32).min
     rows = read_mask(additive, 1, 1, 9, device)
-    assert rows.start is not None and rows.start.tolist() == [3] and rows.mask is None
+    assert rows.start is not None
+    assert rows.start.tolist() == [3]
+    assert rows.mask is None
 
 
 @pytest.mark.parametrize("method", ["h2o", "snapkv"])

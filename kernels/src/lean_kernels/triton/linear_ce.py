@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lean_kernels import _rt
+from lean_kernels.ref.linear_ce import Parts, merge_parts
 
 LOWEST = tl.constexpr(-1e38)  # below every logit, and finite: differences with it are no NaN
 
@@ -177,26 +178,6 @@ def linear_ce(
             total, _rt.bucket(total), *shared, per_split,
             **flags, ENTROPY=entropy, RANK=rank, ARGMAX=argmax,
         )  # fmt: skip
-    results = _merge(top, sums, moments, ranks, bests, of_target)
+    results = merge_parts(Parts(top, sums, moments, ranks, bests), of_target)
     back = torch.empty_like(order).scatter_(0, order, torch.arange(total, device=h.device))
     return tuple(value[back].masked_fill(ignored, 0) if len(value) else value for value in results)
-
-
-def _merge(
-    top: Tensor, sums: Tensor, moments: Tensor, ranks: Tensor, bests: Tensor, of_target: Tensor
-) -> tuple[Tensor, ...]:
-    """loss, lse, target_logit, entropy, rank and argmax [T] from the splits' [splits, T]."""
-    largest = top.amax(0)
-    shares = (top - largest).exp()
-    total = (sums * shares).sum(0)
-    log_sum = total.log()
-    lse, loss = largest + log_sum, largest - of_target + log_sum
-    empty = of_target.new_empty(0)
-    spread, place, best = empty, empty.long(), empty.long()
-    if len(moments):
-        spread = log_sum - (shares * (moments + sums * (top - largest))).sum(0) / total
-    if len(ranks):
-        place = ranks.sum(0)
-    if len(bests):
-        best = bests.gather(0, top.argmax(0)[None])[0].long()
-    return loss, lse, of_target, spread, place, best

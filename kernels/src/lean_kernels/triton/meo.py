@@ -16,6 +16,7 @@ from torch import Tensor
 from lean_kernels import _rt
 
 MERGE_BLOCK = 1024
+MAX_FUSED = 8  # experts whose weight tiles fit into shared memory together
 
 
 def _config(columns: int, depth: int, warps: int, stages: int) -> Any:
@@ -26,7 +27,7 @@ def _config(columns: int, depth: int, warps: int, stages: int) -> Any:
     [_config(n, k, warps, stages) for n, k, warps in ((64, 32, 4), (64, 64, 4), (128, 32, 4), (128, 64, 8))
      for stages in (3, 4)],
     key=["K", "N", "BM", "EXPERTS"],
-    fallback=_config(64, 32, 4, 3),
+    fallback=_config(64, 32, 4, 2),
 )  # fmt: skip
 @triton.jit
 def _matmul_kernel(
@@ -147,7 +148,8 @@ def merged_matmul(x: Tensor, w: Tensor, idx: Tensor, g: Tensor, shift: Tensor | 
     (batch, length, depth), (_, _, columns), experts = x.shape, w.shape, idx.shape[1]
     rows = 16 if length <= 16 else 64 if length <= 64 else 128
     passes = triton.cdiv(length, rows)
-    if experts * passes > experts + 1 + passes:  # times K·N elements moved: fused, and merged first
+    # times K·N elements moved: fused, and merged first
+    if experts > MAX_FUSED or experts * passes > experts + 1 + passes:
         merged = merge_experts(w, idx, g)
         return torch.bmm(x, merged) if shift is None else torch.baddbmm(shift[:, None].to(x.dtype), x, merged)
     out = x.new_empty(batch, length, columns)

@@ -199,4 +199,4 @@ def sparse_lora_backward(
 
 
 def _padded(rank: int) -> int:
-    return max(_rt.MIN_DOT, triton.next_power_of_2(rank))
+    return max(_rt.MIN_DOT, int(triton.next_power_of_2(rank)))

@@ -7,7 +7,7 @@ windows would be ignored without a word.
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -89,7 +89,7 @@ def dense(module: nn.Module, call: Call) -> Tensor:
         out, _ = sdpa_attention_forward(
             module, call.query, call.key, call.value, call.mask, call.dropout, call.scaling, **call.rest
         )
-        return out.transpose(1, 2)  # type: ignore[no-any-return]
+        return out.transpose(1, 2)
     return softcapped(call)
 
 
@@ -223,19 +223,19 @@ class LayerHandler:
 
     def exact(self, module: nn.Module, call: Call, handed: Handed | None, rows: Rows | None = None) -> Tensor | None:
         """Attention to all tokens; None where the keys are as the model made them and torch's own function does it."""
-        turned = handed is not None and not handed.original and handed.layer.turn is not None
-        if turned:
-            assert handed is not None and handed.layer.turn is not None
-            call = Call(**{**vars(call), "query": handed.layer.turn.queries(call.query)})
+        turn = None if handed is None or handed.original else handed.layer.turn
+        if turn is not None:
+            call = replace(call, query=turn.queries(call.query))
         if rows is not None and handed is not None and call.query.shape[2] <= FEW and not call.query.is_cuda:
             from lean_kernels.ref.loki import dense_decode  # several times quicker on a CPU than torch's own
 
-            out: Tensor = dense_decode(
+            out = dense_decode(
                 call.query, handed.keys, handed.values, rows.lens, scale=call.scaling, start=rows.start, mask=rows.mask,
                 softcap=call.softcap,
             )  # fmt: skip
+            assert isinstance(out, Tensor)
             return out
-        return dense(module, call) if turned else None
+        return None if turn is None else dense(module, call)
 
     def prompt(self, call: Call, handed: Handed | None) -> Tensor | None:
         """A prompt, for a method that keeps something of it."""

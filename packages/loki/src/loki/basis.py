@@ -175,7 +175,7 @@ class Basis:
             )
 
     def truncated(self, row: int, d: int) -> Tensor:
-        """The map of queries that keeps only what the first `d` directions see, [Hkv, D, D]: q @ it · k = q̂ · k̂ there."""
+        """The map of queries that keeps what the first `d` directions see, [Hkv, D, D]: (q @ it)·k = q̂·k̂ there."""
         turn = self.components if self.query_components is None else self.query_components
         return turn[row, :, :, :d] @ self.components[row, :, :, :d].transpose(-1, -2)
 

@@ -44,7 +44,7 @@ class Handed:
     original: bool
 
 
-class LokiLayer(DynamicLayer):  # type: ignore[misc]
+class LokiLayer(DynamicLayer):
     """Turned keys and values in buffers that grow by half, where the stock layer copies itself for every token.
 
     `turn` is None for methods that read keys as they are. `state` holds what a method keeps besides (H2O's sums), each
@@ -73,10 +73,14 @@ class LokiLayer(DynamicLayer):  # type: ignore[misc]
             return
         wanted = max(length, int(GROWTH * capacity)) if capacity else length + SLACK
         wanted = -(-wanted // PAGE) * PAGE
-        buffers = [_empty_like(old, wanted) for old in (self._keys, self._values)]
-        for new, used in zip(buffers, (self.keys, self.values), strict=True):
-            new[:, :, : self.length] = used
-        self._hold(*buffers, self.length)
+        self._hold(self._grown(self.keys, wanted), self._grown(self.values, wanted), self.length)
+
+    @staticmethod
+    def _grown(used: Tensor, capacity: int) -> Tensor:
+        """A buffer that starts with `used`."""
+        buffer = _empty_like(used, capacity)
+        buffer[:, :, : used.shape[2]] = used
+        return buffer
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
@@ -101,12 +105,7 @@ class LokiLayer(DynamicLayer):  # type: ignore[misc]
         if not self.is_initialized or not self.length:
             return
         room = self._keys.shape[2]
-        buffers = []
-        for used in (self.keys, self.values):
-            changed = change(used)
-            buffers.append(_empty_like(changed, room))
-            buffers[-1][:, :, : self.length] = changed
-        self._hold(*buffers, self.length)
+        self._hold(self._grown(change(self.keys), room), self._grown(change(self.values), room), self.length)
         self.state = {name: change(tensor) for name, tensor in self.state.items()}
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -146,7 +145,7 @@ class LokiLayer(DynamicLayer):  # type: ignore[misc]
             self.state = {name: t.to(device, non_blocking=True) for name, t in self.state.items()}
 
 
-class StaticLokiLayer(StaticLayer):  # type: ignore[misc]
+class StaticLokiLayer(StaticLayer):
     """Turned keys in transformers' static buffers, for compiled graphs."""
 
     def __init__(self, max_cache_len: int, turn: Turn | None = None) -> None:
@@ -169,7 +168,7 @@ class StaticLokiLayer(StaticLayer):  # type: ignore[misc]
         self.filled = False
 
 
-class LokiCache(DynamicCache):  # type: ignore[misc]
+class LokiCache(DynamicCache):
     """The cache of a model on which `loki.enable` was called; `generate` makes one by itself.
 
     Args:

@@ -59,7 +59,8 @@ class KeyStatistics:
 
     def only(self, rows: Tensor) -> KeyStatistics:
         """Those of the layers that are true in `rows` [L]."""
-        kept = KeyStatistics([], *self.sums["sum"].shape[1:], "queries" in self.sums)
+        _, heads, width = self.sums["sum"].shape
+        kept = KeyStatistics([], heads, width, "queries" in self.sums)
         kept.layers = tuple(layer for layer, keep in zip(self.layers, rows.tolist(), strict=True) if keep)
         kept.sums = {name: total[rows] for name, total in self.sums.items()}
         return kept
@@ -246,8 +247,8 @@ class _collecting:
 
 
 def _without_rotary(collector: Collector) -> Any:
-    """A hook that calls the module once more with the rotation by zero: whatever the family's rotary embedding, the keys
-    that reach the attention function then are those before it."""
+    """A hook that calls the module once more with a rotation by zero: the keys that then reach the attention function
+    are those before the rotary embedding, whatever the family makes of it."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         embedding = kwargs.get("position_embeddings")

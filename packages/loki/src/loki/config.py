@@ -27,8 +27,8 @@ class Variance:
             raise RequestError(f"d=Variance({self.share}): a share of the variance lies in (0, 1]")
 
 
-# Lengths up to which reading all tokens takes no longer, by device: measured on a CPU at B = 1, head width 128 (equal at
-# 8192 tokens for k = 0.25), taken from the byte and launch counts of the kernels on a GPU.
+# Lengths up to which reading all tokens takes no longer, by device: on a CPU measured (one row, head width 128,
+# equal at 8192 tokens for k = 0.25), on a GPU taken from the bytes and launches of the kernels.
 CROSSOVER = {"cpu": 8192, "cuda": 4096}
 
 Amount = float | int
@@ -38,7 +38,7 @@ D = Amount | Variance | Sequence[Amount]
 
 @dataclass(frozen=True)
 class LokiConfig:
-    """How a query at decoding picks the tokens it reads. The paper's setting is k = d = 0.25, sink = recent = min_k = 0.
+    """How a query at decoding picks the tokens it reads. The paper's are k = d = 0.25 and sink = recent = min_k = 0.
 
     Attributes:
         method: "loki", or a baseline: "full", "topk" (exact), "h2o", "pca", "quest", "snapkv".

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -124,7 +125,7 @@ def find(name: str) -> Method:
 
 def masked_attention(
     step: Step, allowed: Tensor | None = None, q: Tensor | None = None, k: Tensor | None = None
-) -> Any:
+) -> Tensor:
     """Softmax attention [B, Hq, Q, D] over what is both visible and `allowed` [B, Hkv or Hq, Q, S] (None: everything).
 
     `q` and `k` take the place of the step's where scores are not those of whole keys. Work is dense, memory bounded.
@@ -138,8 +139,8 @@ def masked_attention(
 
 def attention_weights(
     step: Step, allowed: Tensor | None = None, q: Tensor | None = None, k: Tensor | None = None
-) -> Any:
-    """Iterate over runs of queries: (slice of them, weights [B, Hkv, G, Q', S]). A query that sees nothing has zeros."""
+) -> Iterator[tuple[slice, Tensor]]:
+    """Runs of queries: (slice of them, their weights [B, Hkv, G, Q', S]). A query that sees nothing has zeros."""
     q, k = step.q if q is None else q, step.keys if k is None else k
     b, heads, queries, _ = q.shape
     group, tokens = heads // step.kv_heads, step.tokens
@@ -192,7 +193,7 @@ def agree(step: Step, scores: Tensor, visible: Tensor) -> Tensor:
 
 
 def keep_top(scores: Tensor, visible: Tensor, counts: Tensor, sink: int | Tensor, recent: int | Tensor) -> Tensor:
-    """The `counts` best visible tokens of each query, the first `sink` and last `recent` visible ones always among them.
+    """The `counts` best visible tokens of each query, the first `sink` and last `recent` visible ones among them.
 
     The batched form of the rule in `lean_kernels.ref.loki.selected`, for all queries of a text at once.
 

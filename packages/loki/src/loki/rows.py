@@ -86,8 +86,7 @@ def read_mask(mask: Tensor | None, batch: int, queries: int, tokens: int, device
     """Raises `RequestError` for a mask that differs between heads, NotImplementedError for one that adds a bias."""
     full = torch.full((batch,), tokens, dtype=torch.int32, device=device)
     if mask is None:
-        counts = [tokens - queries + 1 + i for i in range(queries)]
-        return Rows(batch, queries, tokens, full, None, None, counts)
+        return Rows(batch, queries, tokens, full, None, None, [tokens - queries + 1 + i for i in range(queries)])
     mask = as_bool(mask)
     if mask.dim() != 4 or mask.shape[1] != 1:
         raise RequestError(f"attention_mask of shape {tuple(mask.shape)}: [batch, 1, queries, tokens] is accepted")

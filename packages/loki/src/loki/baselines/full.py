@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..method import Method, Step, masked_attention
+from loki.method import Method, Step, masked_attention
 
 
 class Full(Method):
@@ -14,8 +14,7 @@ class Full(Method):
         return step.rows.visible.expand(len(step.q), step.kv_heads, -1, -1)
 
     def attend(self, step: Step) -> Tensor:
-        out: Tensor = masked_attention(step)
-        return out
+        return masked_attention(step)
 
 
 METHOD = Full()

@@ -11,9 +11,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from loki.method import Method, Step, attention_weights, keep_top, masked_attention
 from model_hooks.errors import RequestError
-
-from ..method import Method, Step, attention_weights, keep_top, masked_attention
 
 
 class H2O(Method):
@@ -62,7 +61,8 @@ class H2O(Method):
 
 def column_sums(step: Step, allowed: Tensor) -> Tensor:
     """Attention that each token draws from all queries, the mean over a group, [B, Hkv, S]."""
-    return sum(weights.mean(2).sum(2).float() for _, weights in attention_weights(step, allowed))  # type: ignore[return-value]
+    parts = [weights.mean(2).sum(2).float() for _, weights in attention_weights(step, allowed)]
+    return torch.stack(parts).sum(0)
 
 
 def _query(step: Step, i: int) -> Step:

@@ -1,10 +1,10 @@
-"""PCAAttn of the paper (section 3.2 and appendix): all tokens are read, with scores from the first d dimensions alone."""
+"""PCAAttn of the paper (section 3.2 and appendix): all tokens are read, scored by the first d dimensions alone."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from ..method import Method, Step, masked_attention
+from loki.method import Method, Step, masked_attention
 
 
 class PCA(Method):
@@ -16,8 +16,7 @@ class PCA(Method):
         return step.rows.visible.expand(len(step.q), step.kv_heads, -1, -1)
 
     def attend(self, step: Step) -> Tensor:
-        out: Tensor = masked_attention(step, None, step.q[..., : step.d], step.keys[..., : step.d])
-        return out
+        return masked_attention(step, None, step.q[..., : step.d], step.keys[..., : step.d])
 
 
 METHOD = PCA()

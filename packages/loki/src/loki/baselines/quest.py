@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..method import Method, Step, best_blocks, agree, spans, spread, to_blocks
+from loki.method import Method, Step, agree, best_blocks, spans, spread, to_blocks
 
 PAGE = 16
 

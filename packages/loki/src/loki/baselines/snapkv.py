@@ -1,4 +1,4 @@
-"""SnapKV (arXiv 2404.14469): the last queries of the prompt vote for the tokens of it that are kept; all later ones are.
+"""SnapKV (arXiv 2404.14469): the last queries of a prompt vote for the tokens of it that are kept; later ones all are.
 
 Votes are the attention of the last 32 queries, the mean over a group, smoothed over 5 neighbours. The budget is that of
 the other methods for the prompt's length, and includes the window that votes. It is a method of decoding: there is no
@@ -10,9 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from loki.method import Method, Step, attention_weights, keep_top, masked_attention
 from model_hooks.errors import RequestError
-
-from ..method import Method, Step, attention_weights, keep_top, masked_attention
 
 WINDOW = 32
 POOL = 5
@@ -41,11 +40,11 @@ class SnapKV(Method):
             raise RequestError("snapkv keeps its choice in the cache; use the one that loki.LokiCache makes")
         before = self.alive(step)[:, :, None]
         allowed = before.expand(-1, -1, step.queries, -1)
-        votes = sum(
+        votes = [
             weights[..., max(0, step.queries - WINDOW - part.start) :, :].mean(2).sum(2)
             for part, weights in attention_weights(step, allowed)
-        )
-        smooth = torch.nn.functional.avg_pool1d(votes, POOL, stride=1, padding=POOL // 2)
+        ]
+        smooth = torch.nn.functional.avg_pool1d(torch.stack(votes).sum(0), POOL, stride=1, padding=POOL // 2)
         last = step.rows.visible[:, :, -1:] & before
         window = min(WINDOW, step.queries)
         kept = keep_top(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..method import Step
-from ..sparse import Sparse
+from loki.method import Step
+from loki.sparse import Sparse
 
 
 class TopK(Sparse):
