@@ -18,7 +18,7 @@ from triton.runtime.jit import JITFunction
 
 from lean_kernels.ref.sparse24 import pack
 from lean_kernels.ref.sparse_lora import pack_mask
-from lean_kernels.triton import cosine, meo, mod, sparse24, sparse_lora
+from lean_kernels.triton import cosine, linear_ce, loki, meo, mod, sparse24, sparse_lora
 
 H100 = GPUTarget("cuda", 90, 32)
 TYPES = {
@@ -78,6 +78,46 @@ def launch_all(dtype: torch.dtype) -> None:
         sparse_lora.sparse_lora_matmul(rows, dense, a, b, bits, 0.5, dense[:, 0])
         sparse_lora.sparse_lora_backward(down, rows, dense, a, b, bits, 0.5, True, True)
     sparse24.matmul_24(rows[:16], *pack(dense), dense[:, 0])
+    launch_linear_ce(dtype)
+    launch_loki(dtype)
+
+
+def launch_linear_ce(dtype: torch.dtype) -> None:
+    h, weight, target = torch.zeros(200, 512, dtype=dtype), torch.zeros(3000, 512, dtype=dtype), torch.zeros(200).long()
+    rule: dict[str, Any] = {"ignore_index": -100, "vocab_start": 0}
+    for all_of_it, bias in ((False, None), (True, weight[:, 0])):
+        asked = dict.fromkeys(("entropy", "rank", "argmax"), all_of_it)
+        shared = {"softcap": 30.0 if all_of_it else None, "logit_scale": 0.5, **rule, **asked}
+        linear_ce.linear_ce(h, weight, target, bias, **shared)
+        linear_ce.linear_ce(h[:1, :1], weight[:1, :1], target[:1], None, **{**shared, "vocab_start": 1})
+
+
+def launch_loki(dtype: torch.dtype) -> None:
+    """Sets in one program and in many, shared and of each head, with every optional argument and with none."""
+    for tokens, group, width in ((4096, 4, 128), (32768, 8, 256), (20000, 1, 80)):
+        q, cache = torch.zeros(2, 2 * group, 2, width, dtype=dtype), torch.zeros(2, 2, tokens, width, dtype=dtype)
+        rows = torch.full((2,), tokens, dtype=torch.int32)
+        table = torch.zeros(2, tokens // 32, dtype=torch.int32)
+        pages = torch.zeros(5, 2, 32, width, dtype=dtype)
+        rule: dict[str, Any] = {"d": 32, "scale": 0.1, "return_lse": True, "k_lo": None}
+        bare: dict[str, Any] = {
+            "sink": 0,
+            "recent": 0,
+            "start": None,
+            "mask": None,
+            "softcap": None,
+            "block_table": None,
+        }
+        for select, reduce, block in (("group", "softmax_mean", 1), ("group", "max", 32), ("head", "max", 1)):
+            kind = {"select": select, "reduce": reduce, "block": block}
+            loki.loki_decode(q, cache, cache, rows, topk=tokens // 4, **kind, **bare, **rule)
+            more = {"sink": 2, "recent": 9, "start": rows, "softcap": 30.0, "block_table": table}
+            loki.loki_decode(q, pages, pages, rows, topk=rows, **kind, **more, mask=None, **rule)
+            more["mask"] = torch.ones(2, 1, 2, tokens, dtype=torch.bool)
+            loki.loki_decode(q, cache, cache, rows, topk=rows, **kind, **{**more, "block_table": None}, **rule)
+            one = {**bare, "sink": 1, "recent": 1}  # a size of 1 becomes a constant
+            loki.loki_decode(q[:1, :1, :1], cache[:1, :1], cache[:1, :1], rows[:1], topk=1, **kind, **one, **rule)
+            loki.loki_decode(q[:1, :1, :1], cache[:1, :1, :1], cache[:1, :1, :1], rows, topk=1, **kind, **bare, **rule)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import pytest
 
 import lean_kernels
 
-MODULES = ("cosine", "meo", "mod", "sparse24", "sparse_lora")
+MODULES = ("cosine", "linear_ce", "loki", "loki_select", "meo", "mod", "sparse24", "sparse_lora")
 SHARED_MEMORY = 227 * 1024  # bytes that one program may take on an H100
 
 

@@ -25,9 +25,7 @@ def parser() -> argparse.ArgumentParser:
     build = argparse.ArgumentParser(prog="python -m lean_kernels.bench", description="Measure one operation.")
     build.add_argument("op", choices=operations())
     build.add_argument("--shapes", choices=["small", "h200"], default="h200" if gpu else "small")
-    build.add_argument(
-        "--dtype", choices=["float32", "float16", "bfloat16"], default="bfloat16" if gpu else "float32"
-    )
+    build.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="bfloat16" if gpu else "float32")
     build.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if gpu else "cpu")
     build.add_argument("--backend", choices=["auto", "torch", "triton"], default="auto")
     build.add_argument("--rounds", type=int, default=9, help="runs of each candidate on a CPU")

@@ -1,7 +1,7 @@
 """Times of an operation and of what torch offers instead, beside the least time that its bytes and products need.
 
 A file of this folder has a function `bench_OP(bench)` that gives its rows by `bench.row`. On a GPU triton's timer
-flushes the second cache before each run; on a CPU the candidates take turns, so that a change of load meets all of them.
+flushes the second cache before each run; on a CPU the candidates take turns, so that a change of load meets all.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Ceilings:
 class Bench:
     """How to measure, and the rows so far.
 
-    `shapes` names a preset ("small" or "h200"); `backend` goes to the operation; `force` measures on a busy machine too.
+    `shapes` names a preset ("small" or "h200"); `backend` goes to the operation; `force` measures on a busy machine.
     """
 
     shapes: str = "small"
@@ -61,7 +61,14 @@ class Bench:
         return self._ceilings
 
     def row(
-        self, op: str, shape: Mapping[str, int | float], run: Run, *, bytes: int, flops: int, baselines: Mapping[str, Run]
+        self,
+        op: str,
+        shape: Mapping[str, int | float],
+        run: Run,
+        *,
+        bytes: int,
+        flops: int,
+        baselines: Mapping[str, Run],
     ) -> Row:
         """Time `run` and the baselines and add a row. `bytes` and `flops` are the least that the operation needs."""
         if self.device == "cpu":

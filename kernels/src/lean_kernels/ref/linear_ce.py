@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-TILE_BYTES = 32 << 20  # a tile of logits; a second one holds its softmax
+TILE_BYTES = 4 << 20  # a tile of logits, and as much for its softmax: what stays in a processor's caches
+GRADIENT_BYTES = 64 << 20  # whole rows of logits, which gradients need
 MAX_ROWS = 2048  # of a tile: the weight is read once for so many rows
 CONVERTED = 4 << 20  # values of the weight that are converted to float32 at a time
 
@@ -42,7 +43,7 @@ def linear_ce(
     rank: bool,
     argmax: bool,
 ) -> tuple[Tensor, ...]:
-    """loss, lse, target_logit, entropy, rank, argmax, as `lean_kernels.linear_ce` gives them; [0] for what is not asked.
+    """loss, lse, target_logit, entropy, rank, argmax, as `lean_kernels.linear_ce` gives them; [0] if not asked.
 
     h [T, H], weight [V, H], target [T], bias [V]. Ignored rows cost nothing.
     """
@@ -173,7 +174,7 @@ def linear_ce_backward(
     dw = torch.zeros(weight.shape, dtype=dtype, device=h.device)
     db = torch.zeros(0 if bias is None else len(bias), dtype=dtype, device=h.device)
     head = Head(weight, bias, softcap, logit_scale)
-    size = max(1, min(MAX_ROWS, TILE_BYTES // (len(weight) * dtype.itemsize)))
+    size = max(1, min(MAX_ROWS, GRADIENT_BYTES // (len(weight) * dtype.itemsize)))
     for rows in _counted(target, ignore_index, size):
         logits = torch.cat([tile.clone() for _, tile in head.tiles(h[rows].to(dtype), len(weight))], 1)
         logs = logits.log_softmax(-1)

@@ -193,7 +193,7 @@ def _chosen(
 
 
 def _low_scores(q: Tensor, keys: Tensor, scale: float) -> Tensor:
-    """Scaled products [G, S]. They only rank: of many bfloat16 keys they are rounded, converting all would cost more."""
+    """Scaled products [G, S]. They only rank: of many bfloat16 keys they are rounded, conversions cost more."""
     if q.dtype == torch.bfloat16 and len(keys) > CHUNK and not q.is_cuda:
         return (q @ keys.T).float().mul_(scale)
     return _logits(q.to(accumulator(q.dtype)) * scale, keys, None)

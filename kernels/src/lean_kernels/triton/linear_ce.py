@@ -68,8 +68,14 @@ def _target_kernel(
 
 
 @_rt.tune(
-    [_config(64, 128, 64, 4, 3), _config(64, 256, 64, 8, 3), _config(128, 128, 64, 8, 3)]
-    + [_config(128, 256, 64, 8, 3), _config(128, 256, 64, 8, 4), _config(128, 128, 32, 4, 4)],
+    [
+        _config(64, 128, 64, 4, 3),
+        _config(64, 256, 64, 8, 3),
+        _config(128, 128, 64, 8, 3),
+        _config(128, 256, 64, 8, 3),
+        _config(128, 256, 64, 8, 4),
+        _config(128, 128, 32, 4, 4),
+    ],
     key=["T_KEY", "V", "H"],
     fallback=_config(64, 128, 64, 4, 3),
 )
@@ -130,11 +136,11 @@ def _sums_kernel(
 
 def _splits(rows: int, vocabulary: int, device: torch.device) -> int:
     """Parts of the vocabulary, so that a GPU has about two programs a multiprocessor; two in the interpreter."""
-    most = triton.cdiv(vocabulary, 256)
+    most = -(-vocabulary // 256)
     if device.type != "cuda":
         return min(2, most)
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(most, 2 * processors // triton.cdiv(rows, 128)))
+    processors = int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return max(1, min(most, 2 * processors // -(-rows // 128)))
 
 
 def linear_ce(

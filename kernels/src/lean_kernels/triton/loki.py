@@ -69,7 +69,10 @@ def _score_kernel(
 
 
 @_rt.tune(
-    [triton.Config({"BN": n}, num_warps=w, num_stages=s) for n, w, s in ((64, 4, 2), (64, 4, 3), (128, 4, 2), (128, 8, 2))],
+    [
+        triton.Config({"BN": n}, num_warps=w, num_stages=s)
+        for n, w, s in ((64, 4, 2), (64, 4, 3), (128, 4, 2), (128, 8, 2))
+    ],
     key=["WIDTH_KEY", "DP", "PER", "BLOCK"],
     fallback=triton.Config({"BN": 64}, num_warps=4, num_stages=2),
 )
@@ -201,15 +204,20 @@ def loki_decode(
             block_table = block_table.contiguous()
         seen = _visibility(lens, start, mask, room, topk, sink, recent, block, queries)
         scored = _score(q, k if k_lo is None else k_lo, block_table, seen, room, d, scale, reduce, per)
-        # blocks of always read tokens may straddle borders, so they may be more than topk needs
-        forced = sum(triton.cdiv(n, block) + 1 for n in (sink, recent) if n)
-        width = most if block == 1 else min(max(triton.cdiv(most, block), forced), triton.cdiv(room, block))
+        width = most if block == 1 else _most_blocks(most, sink, recent, block, room, mask is not None)
         chosen, count = choose(
             scored, seen, sets=sets, kv_heads=kv_heads, queries=queries, topk=most, topk_rows=topk_rows,
             sink=sink, recent=recent, block=block, width=width,
         )  # fmt: skip
         _attend(q, k, v, block_table, seen, chosen, count, out, lse, per, block, room, scale, softcap)
     return (out, lse) if return_lse else out
+
+
+def _most_blocks(most: int, sink: int, recent: int, block: int, room: int, masked: bool) -> int:
+    """How many blocks a set may have. A run of n tokens lies in up to ceil(n / block) + 1, masked ones anywhere."""
+    every = -(-room // block)
+    forced = sum(-(-n // block) + 1 for n in (sink, recent) if n)
+    return every if masked else min(max(-(-most // block) + 1, forced), every)
 
 
 def _visibility(
@@ -236,12 +244,21 @@ def _visibility(
             torch.nn.functional.pad(flag, (0, pad)).unflatten(-1, (-1, block)).any(-1).sum(-1)
             for flag in (seen, forced)
         )
-        counts = ((counts + block - 1) // block).maximum(always).minimum(whole)
+        blocks = ((counts + block - 1) // block).maximum(always).minimum(whole)
+        counts = torch.where(counts < n[..., 0], blocks, whole)
     return Visibility(lens, start, seen.to(torch.int8) + forced, counts.to(torch.int32).contiguous())
 
 
 def _score(
-    q: Tensor, low: Tensor, table: Tensor | None, seen: Visibility, room: int, d: int, scale: float, reduce: str, per: int
+    q: Tensor,
+    low: Tensor,
+    table: Tensor | None,
+    seen: Visibility,
+    room: int,
+    d: int,
+    scale: float,
+    reduce: str,
+    per: int,
 ) -> Scored:
     rows, heads, queries, _ = q.shape
     kv_heads = low.shape[1]
@@ -264,10 +281,10 @@ def _score(
 
 def _splits(sets: int, positions: int, device: torch.device) -> int:
     """Splits of a set's tokens, so that a GPU has about three programs a multiprocessor; two in the interpreter."""
-    most = triton.cdiv(positions, 128)
+    most = -(-positions // 128)
     if device.type != "cuda":
         return min(2, most)
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    processors = int(torch.cuda.get_device_properties(device).multi_processor_count)
     return max(1, min(most, 64, 3 * processors // sets))
 
 
@@ -275,7 +292,7 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, seen: Visibility, chosen: Tensor, count: Tensor,
     out: Tensor, lse: Tensor, per: int, block: int, room: int, scale: float, softcap: float | None,
 ) -> None:  # fmt: skip
-    rows, heads, queries, width = q.shape
+    _, heads, queries, width = q.shape
     kv_heads, sets = k.shape[1], len(chosen)
     group = heads // kv_heads
     positions = chosen.shape[1] * block

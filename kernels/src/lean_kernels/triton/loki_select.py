@@ -1,7 +1,7 @@
 """Selection for `lean_kernels.ops.loki`: the best scored tokens or blocks of each set, ascending, by radix select.
 
-A score becomes a 32 bit number that orders as the score does: 0 for a token that is not visible, the greatest number for
-one that is always read. Four passes over 8 bits each find the smallest number that is chosen; of tokens that have just
+A score becomes a 32 bit number that orders as the score does: 0 for a token that is not visible, the greatest for one
+that is always read. Four passes over 8 bits each find the smallest number that is chosen; of tokens that have just
 this number the lowest are taken. Sets of up to `ONE_PROGRAM` tokens take one launch, longer ones five.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lean_kernels import _rt
 
-ONE_PROGRAM = 8192
+ONE_PROGRAM = 8192  # tokens
 LOWEST = tl.constexpr(-1e38)  # below every maximum, and finite: differences with it are no NaN
 FORCED = tl.constexpr(0xFFFFFFFF)
 
@@ -66,6 +66,7 @@ def _count(
             forced = tl.where(sink > 0, (tl.minimum(lo + sink, hi) - 1) // BLOCK - first + 1, 0)
             forced += tl.where(recent > 0, last - tl.maximum(hi - recent, lo) // BLOCK + 1, 0)
             blocks = tl.minimum(tl.maximum((k + BLOCK - 1) // BLOCK, forced), last - first + 1)
+            blocks = tl.where(k < n, blocks, last - first + 1)  # all tokens may lie in one block more than they fill
             k = tl.where(n > 0, blocks, 0)
         return k
 
@@ -251,7 +252,7 @@ class Visibility:
 
 @dataclass(frozen=True)
 class Scored:
-    """Scores [rows, S] float32, rows over [B, Hkv, Q, heads kept], with the tiles' maxima and sums of exp for a mean."""
+    """Scores [rows, S] float32, rows over [B, Hkv, Q, heads kept], and the tiles' maxima and sums of exp for a mean."""
 
     scores: Tensor
     tops: Tensor
@@ -277,7 +278,7 @@ def choose(
     width: int,
     one_program: int = ONE_PROGRAM,
 ) -> tuple[Tensor, Tensor]:
-    """Chosen units int32 [sets, width], ascending, and their number [sets]; what lies behind that number is undefined."""
+    """Chosen units int32 [sets, width], ascending, and their number [sets]; what lies behind it is undefined."""
     tokens, device = scored.scores.shape[-1], seen.lens.device
     chosen = torch.empty(sets, width, dtype=torch.int32, device=device)
     count = torch.empty(sets, dtype=torch.int32, device=device)
