@@ -12,7 +12,8 @@ import scoring_reference as reference
 import torch
 
 from instruct_data.scoring import Pair, score
-from instruct_data.scoring.losses import Losses
+from instruct_data.scoring.losses import SAMPLES, Losses
+from instruct_data.scoring.segments import Segment
 from model_hooks import RequestError
 
 
@@ -163,3 +164,28 @@ def test_a_slow_tokenizer_gives_the_same() -> None:
     expected = reference.original(model, tokenizer, "one\n", "two 漢", 128)
     assert (rows[0]["n_cond"], rows[0]["n_direct"]) == (7, 6)
     assert rows[0]["loss_cond_sum"] == pytest.approx(expected.cond, abs=1e-4)
+
+
+def test_the_self_test_runs_once_a_model_object_and_again_for_other_code() -> None:
+    model = copy.deepcopy(reference.model())
+    calls: list[int] = []
+    model.base_model.register_forward_hook(lambda *_: calls.append(1))
+    segments = [Segment(list(range(2, 4 + n)), 1) for n in range(SAMPLES)]
+
+    def forwards(given: list[Segment]) -> int:
+        calls.clear()
+        losses = Losses(model)
+        losses.check(given)
+        assert (losses.head, losses.batching, losses.base) == ("gathered", "padded", model.base_model)
+        return len(calls)
+
+    assert forwards(segments[:2]) > 0
+    assert forwards(segments) > 0  # what two segments show is not remembered
+    assert forwards(segments) == 0
+    assert forwards(segments[:2]) == 0
+    model.to(torch.bfloat16)
+    assert forwards(segments) > 0
+    model.set_attn_implementation("eager")
+    assert forwards(segments) > 0
+    model.__class__ = type("Other", (type(model),), {})
+    assert forwards(segments) > 0

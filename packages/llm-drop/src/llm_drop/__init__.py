@@ -5,8 +5,9 @@ plan = select(scores, attention=8)                   # or mlp=, blocks=, joint=;
 apply(model, plan)                                   # in place; generate, save, Trainer and PEFT go on working
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from model_hooks.lazy import lazy_names
 
 if TYPE_CHECKING:
     from .budget import plan_for_budget
@@ -29,26 +30,18 @@ __all__ = [
     "select_iteratively",
 ]
 
-_LAZY = {  # public name: its module, imported when the name is first used, so that commands start fast
-    "Plan": "plan",
-    "Scores": "scoring",
-    "apply": "repair",
-    "draft_of": "speculative",
-    "export": "formats",
-    "plan_for_budget": "budget",
-    "score": "scoring",
-    "select": "selection",
-    "select_iteratively": "selection",
-}
-
-
 if not TYPE_CHECKING:  # mypy would take any name for one that exists
-
-    def __getattr__(name: str) -> Any:
-        if name not in _LAZY:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "Plan": "plan",
+            "Scores": "scoring",
+            "apply": "repair",
+            "draft_of": "speculative",
+            "export": "formats",
+            "plan_for_budget": "budget",
+            "score": "scoring",
+            "select": "selection",
+            "select_iteratively": "selection",
+        },
+    )

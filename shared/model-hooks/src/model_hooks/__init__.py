@@ -3,10 +3,10 @@
 Importing this package teaches transformers the model types that its checkpoints may carry (`lean_llama` and so on).
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .errors import FingerprintMismatch, RequestError, UnsupportedArchitectureError
+from .lazy import lazy_names
 from .registration import register_when_needed
 
 if TYPE_CHECKING:
@@ -31,28 +31,21 @@ __all__ = [
     "save",
 ]
 
-_LAZY = {  # public name: its module, imported when the name is first used, so that commands start fast
-    "Anatomy": "structure",
-    "Block": "structure",
-    "Card": "checkpoint",
-    "Sublayer": "structure",
-    "anatomy": "structure",
-    "drop": "surgery",
-    "fingerprint": "identity",
-    "load": "loading",
-    "save": "checkpoint",
-}
-
 if not TYPE_CHECKING:  # mypy would take any name for one that exists
-
-    def __getattr__(name: str) -> Any:
-        if name not in _LAZY:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "Anatomy": "structure",
+            "Block": "structure",
+            "Card": "checkpoint",
+            "Sublayer": "structure",
+            "anatomy": "structure",
+            "drop": "surgery",
+            "fingerprint": "identity",
+            "load": "loading",
+            "save": "checkpoint",
+        },
+    )
 
 
 register_when_needed()

@@ -86,9 +86,9 @@ class Losses:
     def check(self, segments: Sequence[Segment]) -> None:
         """Settle on the fastest way that gives, on cut copies of `segments`, what the plain forward gives alone.
 
-        Once for a model object, its dtype and its attention: other weights do not change what its code does.
+        Once for a model object, its class, dtype and attention: other weights do not change what its code does.
         """
-        code = (self.model.dtype, self.model.config._attn_implementation, self.model.device.type)
+        code = (type(self.model), self.model.dtype, self.model.config._attn_implementation, self.model.device.type)
         known = SETTLED.setdefault(self.model, {})
         if code in known:
             number, self.head, self.batching = known[code]
