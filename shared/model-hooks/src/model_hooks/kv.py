@@ -9,7 +9,7 @@ module is the one place that knows how transformers' caches work; `self_check` g
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any
 
@@ -74,17 +74,24 @@ def install(decoder: Any, dropped: Iterable[int]) -> None:
     decoder.__dict__["_no_kv"] = tuple(dropped)
 
 
+def supply(decoder: Any, make: Callable[[], Any]) -> Any:
+    """Have `decoder` use `make()` where it would make a cache of its own; the hook's handle, to remove it."""
+
+    def before_forward(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        args, kwargs, name, cache = _arguments(decoder, args, kwargs)
+        if cache is None and _uses_cache(decoder, kwargs):
+            cache = make()
+        if cache is not None:
+            kwargs[name] = cache
+        return args, kwargs
+
+    return decoder.register_forward_pre_hook(before_forward, with_kwargs=True, prepend=True)
+
+
 def _before_forward(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not decoder._no_kv:
         return None
-    if len(args) > 1:  # input_ids alone may come by position; the rest is easier to see by name
-        bound = inspect.signature(type(decoder).forward).bind_partial(decoder, *args, **kwargs).arguments
-        kwargs = {**bound.pop("kwargs", {}), **{k: v for k, v in bound.items() if k != "self"}}
-        args = ()
-    name = _cache_argument(type(decoder).forward)
-    cache = kwargs.get(name)
-    if cache is None:
-        cache = kwargs.pop("past_key_values", None)
+    args, kwargs, name, cache = _arguments(decoder, args, kwargs)
     if cache is None and _uses_cache(decoder, kwargs):
         from transformers import DynamicCache
 
@@ -93,6 +100,19 @@ def _before_forward(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         reserve(cache, decoder._no_kv)
         kwargs[name] = cache
     return args, kwargs
+
+
+def _arguments(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any], str, Any]:
+    """The arguments of a call to `decoder.forward`, its cache argument's name, and the cache taken out of them."""
+    if len(args) > 1:  # input_ids alone may come by position; the rest is easier to see by name
+        bound = inspect.signature(type(decoder).forward).bind_partial(decoder, *args, **kwargs).arguments
+        kwargs = {**bound.pop("kwargs", {}), **{k: v for k, v in bound.items() if k != "self"}}
+        args = ()
+    name = _cache_argument(type(decoder).forward)
+    cache = kwargs.get(name)
+    if cache is None:
+        cache = kwargs.pop("past_key_values", None)
+    return args, kwargs, name, cache
 
 
 @lru_cache(maxsize=64)

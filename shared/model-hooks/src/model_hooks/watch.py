@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, distributed, nn
@@ -27,6 +27,12 @@ Unit = Literal["attention", "mlp", "block"]
 Progress = Callable[[int, int], None]
 JOURNAL_SECONDS = 10.0  # between two writes of the journal
 NOTHING = torch.zeros(0)
+
+
+class Sums(Protocol):
+    """What can be added up over processes and kept in a journal."""
+
+    sums: dict[str, Tensor]
 
 
 class ResidualWatcher:
@@ -136,7 +142,7 @@ def own_share(samples: int) -> Tensor:
     return torch.arange(samples).tensor_split(distributed.get_world_size())[distributed.get_rank()]
 
 
-def reduce_sums(watcher: ResidualWatcher) -> None:
+def reduce_sums(watcher: Sums) -> None:
     """Add up the sums of all processes, in place."""
     if not _distributed():
         return
@@ -259,7 +265,7 @@ def _version(x: Tensor) -> int:
 class Journal:
     """The sums so far and the number of samples in them, in one safetensors file that is replaced as a whole."""
 
-    def __init__(self, path: Path, model: Any, sequences: Tensor, mask: Tensor, watcher: ResidualWatcher) -> None:
+    def __init__(self, path: Path, model: Any, sequences: Tensor, mask: Tensor, watcher: Sums) -> None:
         self.path = Path(path)
         rank = "only"
         if _distributed() and distributed.get_world_size() > 1:
@@ -273,7 +279,7 @@ class Journal:
         self.identity = {"model": fingerprint(model), "data": data.hexdigest(), "settings": settings.hexdigest()}
         self.written = time.monotonic()
 
-    def restore(self, watcher: ResidualWatcher) -> int:
+    def restore(self, watcher: Sums) -> int:
         """Fill `watcher.sums` from the file, if there is one; the number of samples that are in them."""
         from safetensors import SafetensorError, safe_open
 
@@ -294,7 +300,7 @@ class Journal:
             total.copy_(sums[name])
         return int(about["samples"])
 
-    def keep(self, watcher: ResidualWatcher, samples: int) -> None:
+    def keep(self, watcher: Sums, samples: int) -> None:
         """Write the file, if the last time was long enough ago."""
         from safetensors.torch import save
 

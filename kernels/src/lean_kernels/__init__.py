@@ -1,0 +1,49 @@
+"""Triton kernels for cheaper language models, each with a plain-torch twin that is its CPU path and its oracle.
+
+An operation is imported when it is first asked for: importing this package imports neither torch nor triton.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .ops.cosine import cosine_adjacent as cosine_adjacent
+    from .ops.cosine import cosine_gram as cosine_gram
+    from .ops.cosine import cosine_stream as cosine_stream
+    from .ops.linear_ce import linear_ce as linear_ce
+    from .ops.loki import loki_decode as loki_decode
+    from .ops.meo import merged_matmul as merged_matmul
+    from .ops.mod import route as route
+    from .ops.mod import token_gather as token_gather
+    from .ops.mod import token_scatter_add as token_scatter_add
+    from .ops.sparse_lora import merge_sparse_lora as merge_sparse_lora
+    from .ops.sparse_lora import sparse_lora_matmul as sparse_lora_matmul
+
+# public name: the module of `ops` that holds it
+OPERATIONS = {
+    "cosine_adjacent": "cosine",
+    "cosine_gram": "cosine",
+    "cosine_stream": "cosine",
+    "linear_ce": "linear_ce",
+    "loki_decode": "loki",
+    "merge_sparse_lora": "sparse_lora",
+    "merged_matmul": "meo",
+    "route": "mod",
+    "sparse_lora_matmul": "sparse_lora",
+    "token_gather": "mod",
+    "token_scatter_add": "mod",
+}
+
+__all__ = sorted(OPERATIONS)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in OPERATIONS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".ops.{OPERATIONS[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *OPERATIONS])

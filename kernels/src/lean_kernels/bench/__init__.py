@@ -1,0 +1,1 @@
+"""Benchmarks of the operations: `python -m lean_kernels.bench OP`."""

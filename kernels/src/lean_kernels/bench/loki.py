@@ -1,0 +1,106 @@
+"""Benchmark of `loki_decode` against dense attention of the same queries."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from lean_kernels.ops.loki import loki_decode
+from lean_kernels.ref.loki import dense_decode
+
+from .harness import Bench, Run
+
+WIDTH, LOW = 128, 32
+# buffers that take turns hold more than a GPU's second cache, which would keep a small cache whole
+ROTATED = 200 << 20
+
+
+@dataclass(frozen=True)
+class Shape:
+    batch: int
+    heads: int
+    kv_heads: int
+    tokens: int
+
+
+PRESETS = {
+    "small": [Shape(1, 32, 8, tokens) for tokens in (8192, 32768)],
+    "h200": [
+        Shape(batch, 32, kv_heads, tokens)
+        for batch, kv_heads, tokens in itertools.product((1, 8, 32), (8, 32), (8192, 16384, 32768, 65536))
+        if batch * kv_heads * tokens <= 8 * 8 * 65536  # 17 GB of cache, four times over
+    ],
+}
+SHARES = (0.25, 0.125)  # of the tokens that are read
+
+
+def bench_loki(bench: Bench) -> None:
+    """Rows for each shape and share of tokens, with the low keys in place and in a plane of their own."""
+    for shape, share, plane in itertools.product(PRESETS[bench.shapes], SHARES, (False, True)):
+        topk = int(shape.tokens * share)
+        caches = [_cache(bench, shape) for _ in range(_buffers(bench, shape))]
+        group = shape.heads // shape.kv_heads
+        item = bench.dtype.itemsize
+        # low keys, scores out and in, chosen rows of both planes and their numbers
+        per_head = shape.tokens * (LOW * item + 8) + topk * (2 * WIDTH * item + 4)
+        bench.row(
+            "loki_decode",
+            {"B": shape.batch, "Hq": shape.heads, "Hkv": shape.kv_heads, "S": shape.tokens, "D": WIDTH, "d": LOW,
+             "topk": topk, "low_plane": int(plane)},
+            _turns([_sparse(bench, cache, topk, plane) for cache in caches]),
+            bytes=shape.batch * shape.kv_heads * per_head,
+            flops=2 * shape.batch * shape.heads * (shape.tokens * LOW + 2 * topk * WIDTH),
+            baselines={
+                name: _turns([_dense(name, cache, group) for cache in caches])
+                for name in ("sdpa_packed", "sdpa_gqa", "matmul_softmax", "dense_decode")
+                if name != "dense_decode" or bench.device == "cpu"
+            },
+        )  # fmt: skip
+
+
+Cache = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _buffers(bench: Bench, shape: Shape) -> int:
+    size = 2 * shape.batch * shape.kv_heads * shape.tokens * WIDTH * bench.dtype.itemsize
+    return 1 if bench.device == "cpu" else max(4, -(-ROTATED // size))
+
+
+def _cache(bench: Bench, shape: Shape) -> Cache:
+    """q, k, v, the low plane of k, and the lengths."""
+
+    def random(heads: int, tokens: int) -> Tensor:
+        return torch.randn(shape.batch, heads, tokens, WIDTH, device=bench.device).to(bench.dtype)
+
+    q, k, v = random(shape.heads, 1), random(shape.kv_heads, shape.tokens), random(shape.kv_heads, shape.tokens)
+    lens = torch.full((shape.batch,), shape.tokens, dtype=torch.int32, device=bench.device)
+    return q, k, v, k[..., :LOW].contiguous(), lens
+
+
+def _turns(runs: list[Run]) -> Run:
+    """Each call takes the next of the runs."""
+    turn = itertools.cycle(runs)
+    return lambda: next(turn)()
+
+
+def _sparse(bench: Bench, cache: Cache, topk: int, plane: bool) -> Run:
+    q, k, v, low, lens = cache
+    return lambda: loki_decode(
+        q, k, v, lens, d=LOW, topk=topk, scale=WIDTH**-0.5, k_lo=low if plane else None, backend=bench.backend
+    )
+
+
+def _dense(name: str, cache: Cache, group: int) -> Run:
+    q, k, v, _, lens = cache
+    packed = q.unflatten(1, (-1, group))[..., 0, :]  # [B, Hkv, G, D]
+    if name == "sdpa_packed":
+        return lambda: scaled_dot_product_attention(packed, k, v)
+    if name == "sdpa_gqa":
+        return lambda: scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    if name == "dense_decode":
+        return lambda: dense_decode(q, k, v, lens, scale=WIDTH**-0.5)
+    return lambda: ((packed @ k.transpose(-1, -2)).float() * WIDTH**-0.5).softmax(-1).to(v.dtype) @ v

@@ -1,0 +1,1 @@
+"""The public functions and their registration as torch custom operators."""

@@ -1,0 +1,1 @@
+"""Triton kernels only. Imported when first used, never by `import lean_kernels`."""
