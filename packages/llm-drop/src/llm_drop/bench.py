@@ -6,11 +6,9 @@ parent when the profiled time of the dropped sublayers is taken away: 1 / (1 - t
 
 from __future__ import annotations
 
-import ctypes
 import itertools
-import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,50 +16,19 @@ from typing import Any
 import torch
 
 from llm_drop.budget import latency_costs
-from llm_drop.live import peak_tensor_bytes
 from llm_drop.plan import Plan
 from llm_drop.repair import apply
 from llm_drop.speculative import sharing_copy
-from paper_tables.timing import Timed, Timing, decode, interleaved, prefill
-
-
-def probe_model(layers: int = 16, hidden_size: int = 512) -> Any:
-    """A Llama with random weights in float32: speed does not depend on what the weights are."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    config = LlamaConfig(
-        vocab_size=2048, hidden_size=hidden_size, intermediate_size=hidden_size * 8 // 3 // 32 * 32,
-        num_hidden_layers=layers, num_attention_heads=hidden_size // 64, max_position_embeddings=2048,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-
-
-def token_ids(model: Any, batch: int, length: int) -> torch.Tensor:
-    """Some token ids, [batch, length], on the model's device."""
-    weight = model.get_input_embeddings().weight
-    ids = torch.arange(batch * length, device=weight.device) * 7 + 3
-    return ids.remainder(weight.shape[0]).view(batch, length)
-
-
-def speed(
-    parent: Any, variants: Mapping[str, Any], *, context: int = 512, new_tokens: int = 32, rounds: int = 7
-) -> dict[str, dict[str, Timing]]:
-    """Prefill of `context` tokens and decoding of `new_tokens` after them, batch 1: variant -> phase -> `Timing`."""
-    ids = token_ids(parent, 1, context)
-    models = {"parent": parent, **variants}
-    phases: dict[str, Callable[[Any], Timed]] = {
-        "prefill": lambda m: prefill(m, ids), "decode": lambda m: decode(m, ids, new_tokens),
-    }  # fmt: skip
-    timed = {p: interleaved({n: make(m) for n, m in models.items()}, rounds=rounds) for p, make in phases.items()}
-    return {name: {phase: timed[phase][name] for phase in phases} for name in variants}
+from paper_tables.memory import peak_memory, peak_tensor_bytes
+from paper_tables.probe import speed, token_ids
+from paper_tables.timing import interleaved
 
 
 def bench_speed(
     parent: Any, plans: Mapping[str, Plan], *, context: int, new_tokens: int, rounds: int
 ) -> list[dict[str, Any]]:
     """A row for each plan: KV share, and speed in both phases beside its ideal."""
-    from llm_drop.eval import size
+    from paper_tables.quality import size
 
     variants = {name: apply(sharing_copy(parent), plan, check=False) for name, plan in plans.items()}
     measured = speed(parent, variants, context=context, new_tokens=new_tokens, rounds=rounds)
@@ -207,27 +174,3 @@ def run(
         found |= bench_load(parent, dropped, rounds)
     found |= bench_calibration(parent, samples=16, length=min(context, 512), batch_size=4, rounds=rounds)
     return {**found, "speed": rows}
-
-
-def peak_memory(work: Callable[[], Any]) -> float:
-    """Bytes that `work` needs at its peak beyond what was in use; 0 where the system cannot tell."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        return float(torch.cuda.max_memory_allocated() - before)
-    if sys.platform != "linux":
-        return 0.0
-    ctypes.CDLL(None).malloc_trim(0)  # give back what earlier work left in the heap
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is resident now
-    except OSError:
-        return 0.0
-    before = _resident("VmRSS")
-    work()
-    return max(float(_resident("VmHWM") - before), 1.0)
-
-
-def _resident(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024

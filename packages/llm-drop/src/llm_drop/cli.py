@@ -8,10 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from llm_drop.train import train_command
-from model_hooks.files import atomic_write, refuse_existing
+from model_hooks.files import refuse_existing
 from model_hooks.loading import load_placed
 from paper_tables.cli import add_reproduce
-from paper_tables.frame import make_app
+from paper_tables.frame import keep, make_app
 
 app = make_app("llm-drop", help="Remove the attention layers, MLPs or blocks that a language model uses least.")
 
@@ -167,7 +167,7 @@ def evaluate(
         tasks=[t.strip() for t in tasks.split(",") if t.strip()], task_folder=task_folder, limit=limit or None,
         shots=None if shots < 0 else shots, batch_size=batch_size,
     )  # fmt: skip
-    return _kept({"figures": rows}, output)
+    return keep({"figures": rows}, output)
 
 
 @app.command()
@@ -203,24 +203,14 @@ def bench(
     """Speed beside its ideal, cache bytes, and what calibration and loading cost, on this machine."""
     from llm_drop import bench as benchmark
     from llm_drop.plan import Plan
+    from paper_tables.probe import probe_model
 
     if output is not None:
         refuse_existing(output, overwrite)
-    parent = load_placed(model, dtype, device_map)[0] if model else benchmark.probe_model()
+    parent = load_placed(model, dtype, device_map)[0] if model else probe_model()
     plans = {file.stem: Plan.load(file) for file in plan or []}
     found = benchmark.run(parent, plans, context=context, new_tokens=new_tokens, rounds=rounds)
-    return _kept(found, output)
-
-
-def _kept(result: dict[str, Any], output: Path | None) -> dict[str, Any]:
-    """`result`, also written to `output` as JSON if that is given."""
-    import json
-
-    from paper_tables.frame import plain
-
-    if output is not None:
-        atomic_write(output, json.dumps(plain(result), indent=1) + "\n")
-    return result
+    return keep(found, output)
 
 
 app.command("train")(train_command)

@@ -195,7 +195,7 @@ def _healed(cell: Cell, plan: Plan | None) -> Any:
 
 
 def _language(cell: Cell, context: Context, model: Any, plan: Plan | None) -> dict[str, Any]:
-    from llm_drop.eval import excerpts, language
+    from paper_tables.quality import excerpts, language
 
     _, tokenizer = _parent(cell, context)
     texts = excerpts(cell["text"], cell.get("documents"), cell.get("characters"))
@@ -207,7 +207,7 @@ def _language(cell: Cell, context: Context, model: Any, plan: Plan | None) -> di
 
 
 def _tasks(cell: Cell, context: Context, model: Any, plan: Plan | None) -> dict[str, Any]:
-    from llm_drop.eval import accuracies
+    from paper_tables.quality import accuracies
 
     _, tokenizer = _parent(cell, context)
     shots, limit, batch = cell.get("shots") or {}, cell.get("limit"), cell.get("batch_size", 8)
@@ -239,7 +239,7 @@ def _once_per_model(
 
 
 def _cost(cell: Cell, context: Context, model: Any, plan: Plan | None) -> dict[str, Any]:
-    from llm_drop.eval import size
+    from paper_tables.quality import size
 
     parent, _ = _parent(cell, context)
     whole, left = size(parent), size(model)
@@ -250,7 +250,7 @@ def _cost(cell: Cell, context: Context, model: Any, plan: Plan | None) -> dict[s
 
 
 def _speed(cell: Cell, context: Context, model: Any, plan: Plan | None) -> dict[str, Any]:
-    from llm_drop.bench import speed
+    from paper_tables.probe import speed
 
     parent, _ = _parent(cell, context)
     if plan is None:

@@ -144,10 +144,10 @@ def drop_to_folder(
     measure: str = "zoo:heldout", overwrite: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Load, drop, measure, write with a model card that says what it cost, and read back."""
-    from llm_drop.eval import size
     from llm_drop.formats import FORMATS, export
     from model_hooks import Card
     from model_hooks.loading import resolve
+    from paper_tables.quality import size
 
     if to not in FORMATS:
         raise RequestError(f"unknown format {to!r}; there are {', '.join(FORMATS)}")
@@ -172,7 +172,7 @@ def drop_to_folder(
 
 
 def _loss(model: Any, tokenizer: Any, source: str, documents: int = 16, characters: int = 4000) -> dict[str, float]:
-    from llm_drop.eval import excerpts, language
+    from paper_tables.quality import excerpts, language
 
     if not source or tokenizer is None:
         return {}
@@ -186,7 +186,7 @@ def evaluate_models(
     shots: int | None, batch_size: int,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """A row for each figure: of the model, of the baseline if there is one, and the ratio of the two."""
-    from llm_drop.eval import accuracies, excerpts, language, size
+    from paper_tables.quality import accuracies, excerpts, language, size
 
     if plan_file is not None and baseline:
         raise RequestError("--plan drops from MODEL, whose figures are then the baseline; leave out --baseline")

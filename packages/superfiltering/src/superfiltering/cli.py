@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from model_hooks import RequestError
-from model_hooks.files import atomic_write, refuse_existing
+from model_hooks.files import refuse_existing
 from paper_tables.cli import add_reproduce
-from paper_tables.frame import make_app
+from paper_tables.frame import keep, make_app
 from superfiltering.train import train_command
 
 app = make_app("superfiltering", help="Let a small language model select the instruction data for a large one.")
@@ -231,9 +230,7 @@ def stats(
         refuse_existing(output, overwrite)
     found = read_scores(scores, turns)  # type: ignore[arg-type]
     told = workflow.describe(found, by)
-    if output is not None:
-        atomic_write(output, json.dumps(told, indent=1, allow_nan=False) + "\n")
-    return workflow.short(told)
+    return workflow.short(keep(told, output))
 
 
 @app.command()
@@ -274,7 +271,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Loss on the answers of held-out records, and lm-eval tasks."""
     from model_hooks.loading import load_placed
-    from superfiltering.eval import answer_loss, task_accuracies
+    from paper_tables.quality import accuracies
+    from superfiltering.eval import answer_loss
 
     if output is not None:
         refuse_existing(output, overwrite)
@@ -282,10 +280,7 @@ def evaluate(
     loaded, tokenizer = load_placed(model, dtype, device_map)
     found: dict[str, Any] = answer_loss(loaded, tokenizer, records, template=template, max_length=max_length)
     names = [name.strip() for name in tasks.split(",") if name.strip()]
-    found |= task_accuracies(loaded, tokenizer, names, limit=task_limit or None)
-    if output is not None:
-        atomic_write(output, json.dumps(found, indent=1, allow_nan=False) + "\n")
-    return found
+    return keep(found | accuracies(loaded, tokenizer, names, limit=task_limit or None), output)
 
 
 @app.command()
@@ -305,10 +300,7 @@ def bench(
 
     if output is not None:
         refuse_existing(output, overwrite)
-    found = benchmark.run(records=records, rounds=rounds, small=small, data=data, tokenizer=tokenizer)
-    if output is not None:
-        atomic_write(output, json.dumps(found, indent=1, allow_nan=False) + "\n")
-    return found
+    return keep(benchmark.run(records=records, rounds=rounds, small=small, data=data, tokenizer=tokenizer), output)
 
 
 app.command("train")(train_command)

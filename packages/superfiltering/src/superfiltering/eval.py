@@ -6,16 +6,12 @@ python -m superfiltering.eval MODEL --data heldout.jsonl       # = superfilterin
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from instruct_data.records import Records
 from model_hooks import RequestError
-
-Figure = dict[str, float]
 
 
 def answer_loss(
@@ -41,20 +37,6 @@ def answer_loss(
     value = total.sum() / count.sum()
     spread = math.sqrt(((total - value * count) ** 2).sum()) / count.sum()  # of a ratio of sums over records
     return {"loss": {"value": value, "se": spread}, "records": int(used.sum()), "tokens": int(count.sum())}
-
-
-def task_accuracies(
-    model: Any, tokenizer: Any, tasks: Sequence[str], *, folder: Path | None = None, limit: int | None = None
-) -> dict[str, Figure]:
-    """Each lm-eval task's figures; those that begin with `zoo_` are the zoo's, built offline."""
-    if not tasks:
-        return {}
-    from model_hooks import zoo
-    from paper_tables import metrics
-
-    ours = all(task.startswith("zoo_") for task in tasks)
-    found = metrics.lm_eval_tasks(model, tokenizer, tasks, folder=zoo.tasks_dir() if ours else folder, limit=limit)
-    return {task: next(iter(figures.values())) for task, figures in found.items()}
 
 
 if __name__ == "__main__":

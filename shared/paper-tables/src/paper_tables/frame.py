@@ -272,6 +272,15 @@ def show(result: Any, *, as_json: bool = False) -> None:
             console.print(_as_table(_label(key), value))
 
 
+def keep(result: dict[str, Any], output: Path | None) -> dict[str, Any]:
+    """`result`, also written to `output` as JSON if one is given: the `--output` of commands that measure."""
+    from .store import write
+
+    if output is not None:
+        write(output, json.dumps(plain(result), indent=1, allow_nan=False) + "\n")
+    return result
+
+
 class Shown(dict[str, Any]):
     """A result that its command has printed already: only `--json` prints it."""
 

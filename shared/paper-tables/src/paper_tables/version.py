@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .paper import Paper
     from .table import Table
 
-OWN = ("metrics.py", "timing.py")  # of paper_tables itself, only these measure
+OWN = ("memory.py", "metrics.py", "probe.py", "quality.py", "timing.py")  # of paper_tables itself, only these measure
 NOT_CODE = (".pyc", ".pyi", ".md", ".safetensors")
 NO_CODE_IN = frozenset({"__pycache__", "_tables", "checkpoints"})
 WHOLE = 64 << 20  # files up to this size are hashed whole, larger ones by samples
@@ -55,7 +55,7 @@ def _tree(folder: Path, skip: tuple[str, ...], without: frozenset[str] = frozens
 
 
 def code_version(paper: Paper) -> str:
-    """Hash of the files that measure: the package's import folder, those of `paper.code`, our metrics and timing.
+    """Hash of the files that measure: the package's import folder, those of `paper.code`, and ours that measure.
 
     README, tests and tables lie outside of these folders; weights and compiled files in them do not count.
     """

@@ -1,9 +1,12 @@
-"""Bytes of live tensors, counted where they are made: exact where a process's resident set is heap noise."""
+"""Memory that work needs at its peak: tensors counted where they are made, or what the system says of the process."""
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,7 +46,34 @@ class _LiveBytes(TorchDispatchMode):
 
 
 def peak_tensor_bytes(work: Callable[[], Any]) -> int:
-    """The most bytes of tensors made by `work()` that were alive at once; what existed before is not counted."""
+    """The most bytes of tensors made by `work()` that were alive at once; what existed before is not counted.
+
+    Exact, where a process's resident set is heap noise.
+    """
     with _LiveBytes() as mode:
         work()
     return mode.peak
+
+
+def peak_memory(work: Callable[[], Any]) -> float:
+    """Bytes that `work` needs at its peak beyond what was in use; 0 where the system cannot tell."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return float(torch.cuda.max_memory_allocated() - before)
+    if sys.platform != "linux":
+        return 0.0
+    ctypes.CDLL(None).malloc_trim(0)  # give back what earlier work left in the heap
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is resident now
+    except OSError:
+        return 0.0
+    before = _resident("VmRSS")
+    work()
+    return max(float(_resident("VmHWM") - before), 1.0)
+
+
+def _resident(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
