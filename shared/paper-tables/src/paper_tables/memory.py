@@ -18,7 +18,7 @@ class _LiveBytes(TorchDispatchMode):
     """While it is on, follows every storage that an operation returns until it is freed."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live, self.peak = 0, 0
         self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -52,7 +52,8 @@ def peak_tensor_bytes(work: Callable[[], Any]) -> int:
     """
     with _LiveBytes() as mode:
         work()
-    return mode.peak
+    peak: int = mode.peak
+    return peak
 
 
 def peak_memory(work: Callable[[], Any]) -> float:
