@@ -29,7 +29,7 @@ TYPES = {
 
 def compile_launch(kernel: JITFunction[Any], *args: Any, grid: Any, warmup: bool = False, **options: Any) -> None:
     given = dict(zip(kernel.arg_names, args)) | {k: v for k, v in options.items() if k in kernel.arg_names}
-    signature, constants = {}, {}
+    signature, constants, aligned = {}, {}, {}
     for parameter in kernel.params:
         value = given[parameter.name]
         if parameter.is_constexpr or (isinstance(value, int) and value == 1):  # triton makes a constant of every 1
@@ -38,8 +38,12 @@ def compile_launch(kernel: JITFunction[Any], *args: Any, grid: Any, warmup: bool
             signature[parameter.name] = TYPES[value.dtype]
         else:
             signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+        # as triton's launcher does: aligned loads are what is copied to shared memory ahead of time
+        number = value.data_ptr() if isinstance(value, Tensor) else value
+        if signature[parameter.name] != "constexpr" and isinstance(number, int) and number % 16 == 0:
+            aligned[(parameter.num,)] = [["tt.divisibility", 16]]
     chosen = {name: options[name] for name in ("num_warps", "num_stages") if name in options}
-    built = compile(ASTSource(kernel, signature, constants), target=H100, options=chosen)
+    built = compile(ASTSource(kernel, signature, constants, aligned), target=H100, options=chosen)
     module = kernel.fn.__module__.rpartition(".")[2]
     found = {"module": module, "kernel": kernel.fn.__name__, "shared": built.metadata.shared, "ptx": "ptx" in built.asm}
     print(json.dumps(found), flush=True)

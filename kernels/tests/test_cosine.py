@@ -75,7 +75,9 @@ def test_zero_vectors_are_excluded_and_counted_apart(backend):
     torch.testing.assert_close((found.sum / (found.count + found.excluded)).float(), torch_mean)
     pairs = cosine_adjacent(x, mask, backend=backend)
     assert pairs.count.tolist() == [7, 7]
-    sums = cosine.gram_sums(x, mask, backend=backend)
+    accumulator = CosineAccumulator("gram", backend=backend)
+    accumulator.update(x, mask)
+    sums = accumulator.result()
     assert sums.count.tolist() == [[8, 7, 8], [7, 7, 7], [8, 7, 8]]
     assert sums.excluded.tolist() == [[0, 1, 0], [1, 1, 1], [0, 1, 0]]
     alone = cosine_gram(x[:, 4:5], backend=backend)

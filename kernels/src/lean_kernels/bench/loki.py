@@ -43,7 +43,7 @@ def bench_loki(bench: Bench) -> None:
     for shape, share, plane in itertools.product(PRESETS[bench.shapes], SHARES, (False, True)):
         topk = int(shape.tokens * share)
         caches = [_cache(bench, shape) for _ in range(_buffers(bench, shape))]
-        group = shape.heads // shape.kv_heads
+        dense = [dense_forms(q, k, v, lens) for q, k, v, _, lens in caches]
         item = bench.dtype.itemsize
         # low keys, scores out and in, chosen rows of both planes and their numbers
         per_head = shape.tokens * (LOW * item + 8) + topk * (2 * WIDTH * item + 4)
@@ -54,11 +54,7 @@ def bench_loki(bench: Bench) -> None:
             _turns([_sparse(bench, cache, topk, plane) for cache in caches]),
             bytes=shape.batch * shape.kv_heads * per_head,
             flops=2 * shape.batch * shape.heads * (shape.tokens * LOW + 2 * topk * WIDTH),
-            baselines={
-                name: _turns([_dense(name, cache, group) for cache in caches])
-                for name in ("sdpa_packed", "sdpa_gqa", "matmul_softmax", "dense_decode")
-                if name != "dense_decode" or bench.device == "cpu"
-            },
+            baselines={name: _turns([forms[name] for forms in dense]) for name in dense[0]},
         )  # fmt: skip
 
 
@@ -94,13 +90,15 @@ def _sparse(bench: Bench, cache: Cache, topk: int, plane: bool) -> Run:
     )
 
 
-def _dense(name: str, cache: Cache, group: int) -> Run:
-    q, k, v, _, lens = cache
-    packed = q.unflatten(1, (-1, group))[..., 0, :]  # [B, Hkv, G, D]
-    if name == "sdpa_packed":
-        return lambda: scaled_dot_product_attention(packed, k, v)
-    if name == "sdpa_gqa":
-        return lambda: scaled_dot_product_attention(q, k, v, enable_gqa=True)
-    if name == "dense_decode":
-        return lambda: dense_decode(q, k, v, lens, scale=WIDTH**-0.5)
-    return lambda: ((packed @ k.transpose(-1, -2)).float() * WIDTH**-0.5).softmax(-1).to(v.dtype) @ v
+def dense_forms(q: Tensor, k: Tensor, v: Tensor, lens: Tensor) -> dict[str, Run]:
+    """The ways to attend to all tokens that torch has, and ours on a CPU: q [B, Hq, 1, D], k and v [B, Hkv, S, D]."""
+    scale = q.shape[-1] ** -0.5
+    packed = q.unflatten(1, (k.shape[1], -1))[..., 0, :]  # [B, Hkv, G, D]
+    forms: dict[str, Run] = {
+        "sdpa_packed": lambda: scaled_dot_product_attention(packed, k, v),
+        "sdpa_gqa": lambda: scaled_dot_product_attention(q, k, v, enable_gqa=True),
+        "matmul_softmax": lambda: ((packed @ k.transpose(-1, -2)).float() * scale).softmax(-1).to(v.dtype) @ v,
+    }
+    if q.device.type == "cpu":
+        forms["dense_decode"] = lambda: dense_decode(q, k, v, lens, scale=scale)
+    return forms

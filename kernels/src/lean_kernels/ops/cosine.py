@@ -84,10 +84,10 @@ def cosine_gram(x: Tensor, mask: Tensor | None = None, *, backend: str = "auto")
 
     Args, Raises: as `cosine_stream`; x is [Lp, ..., H], the mask is shaped as one stream without H.
     """
-    return gram_sums(x, mask, backend=backend).mean
+    return _gram_sums(x, mask, backend=backend).mean
 
 
-def gram_sums(x: Tensor, mask: Tensor | None = None, *, backend: str = "auto") -> Cosines:
+def _gram_sums(x: Tensor, mask: Tensor | None = None, *, backend: str = "auto") -> Cosines:
     """As `cosine_gram`, before the division: what `CosineAccumulator` adds up."""
     _check(x, x.shape[1:-1], mask, at_least=1)
     rows = _flat(mask)
@@ -121,7 +121,7 @@ class CosineAccumulator:
             elif self.kind == "adjacent":
                 self._add(cosine_adjacent(*streams_and_mask, backend=self.backend))  # type: ignore[arg-type]
             else:
-                self._add(gram_sums(*streams_and_mask, backend=self.backend))  # type: ignore[arg-type]
+                self._add(_gram_sums(*streams_and_mask, backend=self.backend))  # type: ignore[arg-type]
 
     def merge(self, other: CosineAccumulator) -> None:
         """Add what another accumulator of the same kind and number of streams has counted. Raises ValueError."""

@@ -125,7 +125,7 @@ def _(q: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=ref.accumulator(q.dtype))
 
 
-def capacity(k: Tensor, block_table: Tensor | None) -> int:
+def _capacity(k: Tensor, block_table: Tensor | None) -> int:
     """Tokens that a row of the cache can hold."""
     return k.shape[2] if block_table is None else block_table.shape[1] * k.shape[2]
 
@@ -193,7 +193,7 @@ def _check_values(
 ) -> None:
     if not lens.numel() or not _rt.checks_indices(lens):
         return
-    room, longest = capacity(k, block_table), int(lens.max())
+    room, longest = _capacity(k, block_table), int(lens.max())
     if longest > room or int(lens.min()) < 0:
         raise ValueError(f"lens are {lens.tolist()}; they must be 0 to the cache's capacity of {room} tokens")
     if start is not None and int(start.min()) < 0:

@@ -120,7 +120,7 @@ class Basis:
 
         path = Path(path)
         if not path.is_file():
-            raise FileNotFoundError(f"no basis {path}; `loki calibrate MODEL --text TEXT --out {path.name}` makes one")
+            raise FileNotFoundError(f"no basis {path}; `loki calibrate MODEL -o {path.name}` makes one")
         try:
             with safe_open(path, framework="pt") as file:
                 about = file.metadata() or {}

@@ -28,27 +28,51 @@ def draw_all(report: TableReport) -> Iterator[tuple[Plot, str, bytes]]:
 def draw(report: TableReport, plot: Plot, scale: str) -> bytes | None:
     """One plot at one scale as PNG; None where nothing of it was measured."""
     found = {"curve": _curve, "bars": _bars, "heatmap": _heatmap}[plot.kind](report, plot, scale)
-    if found is None:
-        return None
+    return None if found is None else png(found)
+
+
+def png(figure: Any) -> bytes:
+    """A matplotlib figure as the bytes of a PNG file."""
     buffer = io.BytesIO()
-    found.savefig(buffer, format="png", dpi=144, metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=144, metadata={"Software": None})
     return buffer.getvalue()
 
 
-def _figure(plot: Plot, scale: str, width: float = 6.0, height: float = 3.8) -> tuple[Any, Any]:
+def new_figure(title: str, width: float = 6.0, height: float = 3.8) -> tuple[Any, Any]:
+    """An empty figure and its axes in the look that all pictures here have; no display is needed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.set_title(f"{plot.title}  ·  {LABELS[scale]}", fontsize=10.5, color=INK, loc="left")
+    axes.set_title(title, fontsize=10.5, color=INK, loc="left")
     axes.tick_params(labelsize=9, colors=INK, length=3)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
         axes.spines[side].set_color("#999999")
     return figure, axes
+
+
+def _figure(plot: Plot, scale: str, **size: float) -> tuple[Any, Any]:
+    return new_figure(f"{plot.title}  ·  {LABELS[scale]}", **size)
+
+
+def draw_matrix(figure: Any, axes: Any, numbers: list[list[float]], x: str, y: str) -> None:
+    """A heat map of `numbers` (rows from top to bottom, nan stays empty) with the axes named `x` and `y`."""
+    from matplotlib.ticker import MaxNLocator
+
+    image = axes.imshow(numbers, cmap="viridis", aspect="auto", interpolation="nearest")
+    for side in axes.spines.values():
+        side.set_visible(False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set_xlabel(x, fontsize=9.5, color=INK)
+    axes.set_ylabel(y, fontsize=9.5, color=INK)
+    bar = figure.colorbar(image, ax=axes, shrink=0.9)
+    bar.ax.tick_params(labelsize=8.5, colors=INK)
+    bar.outline.set_visible(False)
 
 
 def _axis_title(column: Column) -> str:
@@ -141,16 +165,5 @@ def _heatmap(report: TableReport, plot: Plot, scale: str) -> Any:
     if all(math.isnan(v) for line in numbers for v in line):
         return None
     figure, axes = _figure(plot, scale, width=5.4, height=max(1.8, min(5.0, 0.9 + 4.0 * len(matrix) / width)))
-    image = axes.imshow(numbers, cmap="viridis", aspect="auto", interpolation="nearest")
-    for side in axes.spines.values():
-        side.set_visible(False)
-    from matplotlib.ticker import MaxNLocator
-
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.set_xlabel(plot.x, fontsize=9.5, color=INK)
-    axes.set_ylabel(plot.y, fontsize=9.5, color=INK)
-    bar = figure.colorbar(image, ax=axes, shrink=0.9)
-    bar.ax.tick_params(labelsize=8.5, colors=INK)
-    bar.outline.set_visible(False)
+    draw_matrix(figure, axes, numbers, plot.x, plot.y)
     return figure
