@@ -97,7 +97,7 @@ def decoding(model: Any, basis: Basis, tokens: int, shares: Sequence[float], rou
     The caches hold random numbers in place of a prompt's keys, whose time is not what is measured.
     """
     timed = {"sdpa": _steps(model, tokens, None)}
-    settings = {"loki, all": {"method": "full"}, "loki, auto": {}}
+    settings: dict[str, dict[str, Any]] = {"loki, all": {"method": "full"}, "loki, auto": {}}
     settings |= {f"loki, {share:g}": {"k": share, "min_length": 0} for share in shares}
     for name, changes in settings.items():
         timed[name] = _steps(model, tokens, partial(session, model, basis, **changes))
@@ -158,8 +158,8 @@ def calibration(rounds: int) -> dict[str, float]:
     from paper_tables.memory import peak_tensor_bytes
     from paper_tables.probe import probe_model, token_ids
 
-    model = probe_model(8, 512)
-    ids = token_ids(model, 8, 512)
+    model = probe_model(4, 256)
+    ids = token_ids(model, 8, 256)
 
     @torch.no_grad()
     def forwards() -> None:

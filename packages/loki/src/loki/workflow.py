@@ -83,8 +83,8 @@ def analyse_files(files: Sequence[Path], folder: Path | None, dimensions: str) -
     from .config import dimensions as counted
 
     with refusals():
-        bases = {str(file): Basis.load(file) for file in files}
-    first = bases[str(files[0])]
+        bases = [Basis.load(file) for file in files]
+    first = bases[0]
     about = first.about
     title = f"{about.model or files[0].stem}, {about.rotary} rotary, {about.text or 'text not named'}"
     found: dict[str, Any] = {"model": about.model, "rotary": about.rotary, "text": about.text, "tokens": about.tokens}
@@ -95,10 +95,10 @@ def analyse_files(files: Sequence[Path], folder: Path | None, dimensions: str) -
             raise RequestError("bases are compared in a fixed number of dimensions; give --d as a share or a count")
         d = counted(wanted, first.head_dim)
         found["agreement"] = [
-            {"basis": name, "text": other.about.text, "rotary": other.about.rotary, "d": d,
+            {"basis": file, "text": other.about.text, "rotary": other.about.rotary, "d": d,
              "rank_90": float(other.rank(0.9).double().mean()), "overlap": float(overlap(first, other, d).mean()),
              "least": float(overlap(first, other, d).min()), "of_random_spaces": d / first.head_dim}
-            for name, other in list(bases.items())[1:]
+            for file, other in zip(files[1:], bases[1:], strict=True)
         ]  # fmt: skip
     if folder is not None:
         found["pictures"] = list(draw(first, folder, title).values())
@@ -159,8 +159,8 @@ def _decoding(
     from model_hooks.text import load_sequences
     from paper_tables import progress
 
+    from . import retrieval
     from .quality import decoding_perplexity, recall
-    from .retrieval import key_values, needles
 
     found: dict[str, Any] = {}
     if data and samples:
@@ -170,11 +170,11 @@ def _decoding(
                 model, sequences, prompt or length // 2, batch_size=batch_size, progress=bar
             )
     for tokens in pairs:
-        asked = [key_values(tokenizer, tokens, seed) for seed in range(questions)]
+        asked = [retrieval.key_values(tokenizer, tokens, seed) for seed in range(questions)]
         with progress(f"questions on {tokens} tokens") as bar:
             found[f"pairs_{tokens}"] = recall(model, tokenizer, asked, batch_size=batch_size, progress=bar)
     for tokens in needles:
-        asked = needles(tokenizer, data or "zoo:heldout", tokens, questions)
+        asked = retrieval.needles(tokenizer, data or "zoo:heldout", tokens, questions)
         with progress(f"needles in {tokens} tokens") as bar:
             found[f"needle_{tokens}"] = recall(model, tokenizer, asked, batch_size=batch_size, progress=bar)
     return found
