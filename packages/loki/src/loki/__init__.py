@@ -5,8 +5,9 @@ with session(model, basis, k=0.25, d=0.25):          # or enable(model, basis, .
     model.generate(**inputs)                         # reads a quarter of the cached tokens, all else as ever
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from model_hooks.lazy import lazy_names
 
 if TYPE_CHECKING:
     from .basis import Basis
@@ -30,27 +31,19 @@ __all__ = [
     "stats",
 ]
 
-_LAZY = {  # public name: its module, imported when the name is first used, so that commands start fast
-    "Basis": "basis",
-    "LokiCache": "cache",
-    "LokiConfig": "config",
-    "Variance": "config",
-    "calibrate": "calibration",
-    "disable": "sessions",
-    "enable": "sessions",
-    "layer_budgets": "beyond",
-    "session": "sessions",
-    "stats": "telemetry",
-}
-
-
 if not TYPE_CHECKING:  # mypy would take any name for one that exists
-
-    def __getattr__(name: str) -> Any:
-        if name not in _LAZY:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "Basis": "basis",
+            "LokiCache": "cache",
+            "LokiConfig": "config",
+            "Variance": "config",
+            "calibrate": "calibration",
+            "disable": "sessions",
+            "enable": "sessions",
+            "layer_budgets": "beyond",
+            "session": "sessions",
+            "stats": "telemetry",
+        },
+    )

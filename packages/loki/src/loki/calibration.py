@@ -176,6 +176,7 @@ def collect(
     if isinstance(data, Tensor):
         real = check_data(model, data, attention_mask)
         share = own_share(len(data))
+        _same_shares(model, len(data))
         state = None if journal is None else Journal(journal, model, data, real, statistics)
         start = state.restore(statistics) if state else 0
         rows = [part for part in share[start:].split(batch_size) if len(part)]
@@ -199,6 +200,18 @@ def collect(
     if not ran.any():
         raise RequestError("no batch held a token; there is nothing to calibrate on")
     return statistics if ran.all() else statistics.only(ran)  # some models have attention modules that never run
+
+
+def _same_shares(model: Any, samples: int) -> None:
+    """Under ZeRO-3 processes gather each layer's weights together, so one with fewer batches would stop the others."""
+    from torch import distributed
+
+    sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    processes = distributed.get_world_size() if distributed.is_initialized() else 1
+    if sharded and samples % processes:
+        raise RequestError(
+            f"{samples} sequences cannot be shared evenly by {processes} processes, as ZeRO-3 needs; give a multiple"
+        )
 
 
 class Collector:

@@ -127,7 +127,8 @@ def check_data(model: Any, sequences: Tensor, attention_mask: Tensor | None) -> 
         raise RequestError(f"attention_mask has shape {tuple(attention_mask.shape)}; the data has {shape}")
     if not mask.any():
         raise RequestError("every token of the data is padding; there is nothing to watch")
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    weight = model.get_input_embeddings().weight
+    vocabulary = getattr(weight, "ds_shape", weight.shape)[0]  # under ZeRO-3 a process holds a part
     low, high = int(sequences.min()), int(sequences.max())
     if low < 0 or high >= vocabulary:
         wrong = low if low < 0 else high
