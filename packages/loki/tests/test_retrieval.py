@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loki import calibrate, session
 from loki.quality import decoding_perplexity, recall
-from loki.retrieval import Question, hits, key_values, needle, needles
+from loki.retrieval import Question, hits, key_values, lookups, needle, needles
 from torch.nn.functional import cross_entropy
 
-from model_hooks import RequestError
+from model_hooks import RequestError, zoo
 from model_hooks.loading import load_tokenizer
 
 
@@ -62,6 +62,16 @@ def test_a_table_holds_what_is_asked_once(tokenizer: Any, tokens: int) -> None:
     assert abs(count(tokenizer, found.context + found.query) - tokens) < 0.15 * tokens
     assert found != key_values(tokenizer, tokens, seed=4)
     assert found == key_values(tokenizer, tokens, seed=3)
+
+
+def test_lookups_are_those_of_the_zoo(tokenizer: Any) -> None:
+    for found, zoos in zip(lookups(200, 6, seed=2), zoo.lookups(200, 6, seed=2), strict=True):
+        assert found.context + found.query == zoos.prompt
+        assert found.answer == zoos.answer
+        assert found.context.count(found.query + found.answer) == 1
+        assert len(tokenizer(found.query)["input_ids"]) == 3  # line break, key, colon
+    with pytest.raises(RequestError, match="give 19 to"):
+        lookups(8, 1)
 
 
 class Letters:

@@ -11,9 +11,10 @@ from paper_tables import Context
 from paper_tables.errors import TableError
 
 CELL: dict[str, Any] = {
+    "package": "loki", "table": "t", "scale": "quick", "row": "r", "seed": 0, "figures": ["perplexity"],
     "model": "zoo:gpt2", "dtype": "float32", "calibration": "zoo:calibration", "tokens": 1024, "window": 128,
-    "text": "zoo:heldout", "documents": 2, "characters": 600, "length": 64, "samples": 3, "prompt": 32, "seed": 0, "method": "loki",
-    "k": 0.25, "d": 0.25, "figures": ["perplexity"], "package": "loki", "table": "t", "scale": "quick", "row": "r",
+    "text": "zoo:heldout", "documents": 2, "characters": 600, "length": 64, "samples": 3, "prompt": 32,
+    "method": "loki", "k": 0.25, "d": 0.25,
 }  # fmt: skip
 
 
@@ -104,7 +105,7 @@ def test_ranks_and_overlap(context: Context) -> None:
     assert 25 < other["overlap"] < 100
 
 
-@pytest.mark.parametrize("form", ["pairs", "needle"])
+@pytest.mark.parametrize("form", ["lookup", "pairs", "needle"])
 def test_retrieval_asks_as_many_questions_as_it_says(
     context: Context, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -80,6 +80,18 @@ def key_values(tokenizer: Any, tokens: int, seed: int = 0) -> Question:
     return Question(table, f' "{pairs[asked][0]}": "', pairs[asked][1], asked / (len(pairs) - 1))
 
 
+def lookups(tokens: int, count: int, seed: int = 0) -> list[Question]:
+    """Tables that the zoo's recall model is trained to read, each asked about one of its keys."""
+    from model_hooks import zoo
+
+    try:
+        found = zoo.lookups(tokens, count, seed)
+    except ValueError as error:
+        raise RequestError(str(error)) from error
+    cuts = [lookup.prompt.rindex("\n") for lookup in found]
+    return [Question(f.prompt[:cut], f.prompt[cut:], f.answer, f.depth) for f, cut in zip(found, cuts, strict=True)]
+
+
 @torch.no_grad()
 def hits(
     model: Any, tokenizer: Any, questions: Sequence[Question], *, batch_size: int = 8, progress: Progress | None = None
