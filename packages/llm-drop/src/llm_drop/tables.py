@@ -74,7 +74,7 @@ def _stage(cell: Cell, context: Context) -> tuple[Any, Any]:
         with context.progress("pre-training", steps[-1]) as bar:
             return pretrain(steps, layers=layers, seed=seed, progress=bar.advance)
 
-    models = context.latest("stages", (tuple(steps), layers, seed), make)
+    models = context.once(("stages", tuple(steps), layers, seed), make)  # a row comes back to each seed
     return models[cell["step"]], load_tokenizer(cell["model"])
 
 
