@@ -7,7 +7,6 @@ import torch
 from helpers_kernels import DEVICE, DTYPES, ON_DEVICE, assert_close_to_oracle
 from torch import Tensor
 
-from lean_kernels.ops import cosine
 from lean_kernels.ops.cosine import CosineAccumulator, cosine_adjacent, cosine_gram, cosine_stream
 from lean_kernels.ref import cosine as ref
 

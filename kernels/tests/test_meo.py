@@ -176,6 +176,7 @@ def test_wrong_requests():
         (lambda: merged_matmul(x, w, idx.float(), g), TypeError, "int32 or int64"),
         (lambda: merged_matmul(x, w, idx[:1], g), ValueError, r"must be \[2, e\]"),
         (lambda: merged_matmul(x, w, idx, g[:, :1]), ValueError, "g is"),
+        (lambda: merged_matmul(x, w, idx, idx), TypeError, "g is torch.int64; gates have a floating dtype"),
         (lambda: merged_matmul(x, w, idx + 5, g), IndexError, "expert 5, but there are 5"),
         (lambda: merged_matmul(x, w, idx + 5, g, w[:, 0]), IndexError, "expert 5, but there are 5"),
         (lambda: merged_matmul(x, w, idx - 1, g), IndexError, "expert -1"),

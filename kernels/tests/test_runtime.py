@@ -103,6 +103,75 @@ def _kernel(x, y, UPCAST):
     assert unconverted_operands(wrong.replace("a = a.to(", "a, b = b.to(tl.float32), a.to(")) == []
 
 
+def test_importing_the_package_imports_neither_torch_nor_triton() -> None:
+    script = "import sys, lean_kernels; print([name for name in ('torch', 'triton', 'numpy') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_what_the_modules_of_ops_offer_is_offered_by_the_package() -> None:
+    offered = {}
+    for file in (Path(lean_kernels.__file__).parent / "ops").glob("[!_]*.py"):
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                offered[node.name] = file.stem
+    # these two are plain torch and live in `ref`
+    assert offered | {"pack_mask": "sparse_lora", "unpack_mask": "sparse_lora"} == lean_kernels.OPERATIONS
+
+
+def test_a_launch_is_on_the_gpu_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[str] = ["cuda:0"]
+
+    class Device:
+        def __init__(self, device: str) -> None:
+            self.device = device
+
+        def __enter__(self) -> None:
+            current.append(self.device)
+
+        def __exit__(self, *error: object) -> None:
+            current.pop()
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+        device = "cuda:1"
+
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    launch = _rt.launcher(lambda scale, *tensors, **more: current[-1])
+    assert launch(1.0, torch.zeros(1).as_subclass(OnGpu)) == "cuda:1"
+    assert launch(1.0, x=torch.zeros(1).as_subclass(OnGpu)) == "cuda:1"
+    assert launch(1.0, torch.zeros(1)) == "cuda:0"
+    assert current == ["cuda:0"]
+
+
+def test_every_launcher_changes_to_the_gpu() -> None:
+    for file in SOURCES:
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and "Tensor" in ast.unparse(node):
+                called_by_launchers = node.name == "choose"
+                assert called_by_launchers or "_rt.launcher" in ast.unparse(node.decorator_list[0]), node.name
+
+
+def test_a_configuration_that_does_not_fit_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(_rt, "INTERPRET", False)
+    monkeypatch.delenv("LEAN_KERNELS_AUTOTUNE", raising=False)
+    kept: list[object] = []
+    monkeypatch.setattr(triton, "autotune", lambda **given: given)
+    configs = [triton.Config({"BN": n}, num_warps=w) for n, w in ((64, 4), (128, 4), (128, 8))]
+    fallback = triton.Config({"BN": 32})
+
+    def fits(values, warps, stages):
+        kept.append((values["x"], values["N"], stages))
+        return values["BN"] * values["N"] <= 32 * warps
+
+    given = _rt.tune(configs, key=["N"], fallback=fallback, fits=fits)
+    prune = given["prune_configs_by"]["early_config_prune"]
+    assert prune(configs, {"x": "tensor", "N": 2}, OTHER=1) == [configs[0], configs[2]]
+    assert prune(configs, {"x": "tensor", "N": 9}) == [fallback]
+    assert ("tensor", 9, 3) in kept
+
+
 def test_names_of_the_package_are_there_and_others_are_not() -> None:
     for name in lean_kernels.__all__:
         assert callable(getattr(lean_kernels, name))

@@ -200,6 +200,7 @@ def test_wrong_requests():
         ({"b": good["b"].half()}, TypeError, "b is torch.float16"),
         ({"x": good["x"][:, :3]}, ValueError, r"\[..., 4\]"),
         ({"bias": good["bias"][:2]}, ValueError, "bias is"),
+        ({"w": good["w"].int()}, TypeError, "w is torch.int32; it must be float32"),
         ({"w": good["w"].clone().requires_grad_()}, ValueError, "frozen"),
     ):
         with pytest.raises(error, match=text):

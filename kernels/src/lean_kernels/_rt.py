@@ -9,11 +9,12 @@ which costs a synchronisation.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from torch import Tensor
 Backend = Literal["auto", "torch", "triton"]
 BACKENDS = ("auto", "torch", "triton")
 MIN_DOT = 16  # rows, columns and depth that tl.dot needs at least
+H100_SHARED = 227 * 1024  # bytes of shared memory that a program may take
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 # Triton decides between compiler and interpreter when a kernel is decorated, so later changes would be half-hearted
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -84,19 +88,55 @@ def bucket(n: int) -> int:
     return max(MIN_DOT, 1 << (max(1, n) - 1).bit_length())
 
 
+def launcher(launch: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Decorator for what launches kernels: Triton does it on the current GPU, which need not be the tensors'."""
+
+    @wraps(launch)
+    def on_device(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        if not first.is_cuda:
+            return launch(*args, **kwargs)
+        with torch.cuda.device(first.device):
+            return launch(*args, **kwargs)
+
+    return on_device
+
+
+def shared_memory(tensor: Tensor) -> int:
+    """Bytes of shared memory that one program may take on the tensor's GPU; an H100's for other tensors."""
+    if not tensor.is_cuda:
+        return H100_SHARED
+    properties: Any = torch.cuda.get_device_properties(tensor.device)  # torch's stubs lack the field
+    return int(properties.shared_memory_per_block_optin)
+
+
 def tune(
-    configs: Sequence[Any], *, key: Sequence[str], fallback: Any, restore_value: Sequence[str] | None = None
+    configs: Sequence[Any],
+    *,
+    key: Sequence[str],
+    fallback: Any,
+    fits: Callable[[Mapping[str, Any], int, int], bool] | None = None,
 ) -> Callable[[Any], Any]:
     """Decorator for a `triton.jit` kernel: `triton.autotune` over at most 12 `configs`, its choices kept on disk.
 
-    The interpreter, which has no timer, and LEAN_KERNELS_AUTOTUNE=0 take the single `fallback`.
+    The interpreter, which has no timer, and LEAN_KERNELS_AUTOTUNE=0 take the single `fallback`. `fits` is asked which
+    configurations are worth compiling for a call, with all arguments of the kernel by name, warps and stages.
     """
     assert len(configs) <= 12, "prune the list: every configuration is compiled and timed for every key"
     import triton
 
     fixed = INTERPRET or os.environ.get("LEAN_KERNELS_AUTOTUNE", "1") == "0"
     chosen = [fallback] if fixed else list(configs)
+
+    def prune(configs: Sequence[Any], named: Mapping[str, Any], **given: Any) -> list[Any]:
+        assert fits is not None
+        kept = [c for c in configs if fits({**named, **given, **c.kwargs}, c.num_warps, c.num_stages)]
+        return kept or [fallback]
+
     decorate: Callable[[Any], Any] = triton.autotune(
-        configs=chosen, key=list(key), restore_value=restore_value, cache_results=not fixed
+        configs=chosen,
+        key=list(key),
+        prune_configs_by=None if fits is None else {"early_config_prune": prune},
+        cache_results=not fixed,
     )
     return decorate

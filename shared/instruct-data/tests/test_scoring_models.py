@@ -41,7 +41,7 @@ def test_every_architecture_equals_its_own_forward(name: str) -> None:
     model, pairs = reference.model(name), some_pairs(12)
     scores = score(model, reference.tokenizer(), pairs, max_length=128, budget=512)
     assert deviation(list(scores), pairs, model) <= 1e-5
-    assert scores.facts["how"] == "logits of target positions only, padded batches"
+    assert scores.facts["how"] == "losses of target positions without logits, padded batches"
     assert scores.facts["duplicates"] >= 2
 
 
@@ -83,10 +83,34 @@ def test_a_model_that_looks_elsewhere_is_forwarded_in_a_way_that_is_right(leak: 
     assert deviation(list(scores), pairs, model) <= 1e-5
 
 
+def test_a_head_that_is_more_than_its_matrix_is_not_taken_for_it() -> None:
+    """Something added to the logits is seen by the self-test; a layer of another class or with a hook is not tried."""
+    pairs = some_pairs(8)
+
+    class Shifted(type(reference.model())):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            found = super().forward(*args, **kwargs)
+            found.logits = found.logits + found.logits.sin()
+            return found
+
+    class Halved(torch.nn.Linear):
+        def forward(self, given: torch.Tensor) -> torch.Tensor:
+            return super().forward(given) / 2
+
+    shifted, halved, hooked = (copy.deepcopy(reference.model()) for _ in range(3))
+    shifted.__class__, halved.lm_head.__class__ = Shifted, Halved
+    hooked.lm_head.register_forward_hook(lambda layer, given, found: -found)
+    for model in (shifted, halved, hooked):
+        scores = score(model, reference.tokenizer(), pairs, max_length=128)
+        assert scores.facts["how"] == "logits of target positions only, padded batches"
+        assert deviation(list(scores), pairs, model) <= 1e-5
+
+
 def test_a_forward_built_otherwise_falls_back_to_all_positions() -> None:
     model = copy.deepcopy(reference.model())
     plain = model.base_model.forward
     model.base_model.forward = lambda *args, **kwargs: tuple(plain(*args, **kwargs, return_dict=False))
+    model.lm_head.register_forward_hook(lambda *_: None)  # more than a matrix
     model.forward = lambda input_ids, **kwargs: SimpleNamespace(
         logits=model.lm_head(model.base_model(input_ids=input_ids, **kwargs)[0])
     )
@@ -172,20 +196,22 @@ def test_the_self_test_runs_once_a_model_object_and_again_for_other_code() -> No
     model.base_model.register_forward_hook(lambda *_: calls.append(1))
     segments = [Segment(list(range(2, 4 + n)), 1) for n in range(SAMPLES)]
 
-    def forwards(given: list[Segment]) -> int:
+    def forwards(given: list[Segment], head: str = "linear") -> int:
         calls.clear()
         losses = Losses(model)
         losses.check(given)
-        assert (losses.head, losses.batching, losses.base) == ("gathered", "padded", model.base_model)
+        assert (losses.head, losses.batching, losses.base) == (head, "padded", model.base_model)
         return len(calls)
 
     assert forwards(segments[:2]) > 0
     assert forwards(segments) > 0  # what two segments show is not remembered
     assert forwards(segments) == 0
     assert forwards(segments[:2]) == 0
-    model.to(torch.bfloat16)
-    assert forwards(segments) > 0
     model.set_attn_implementation("eager")
     assert forwards(segments) > 0
     model.__class__ = type("Other", (type(model),), {})
     assert forwards(segments) > 0
+    model.lm_head.register_forward_hook(lambda *_: None)
+    assert forwards(segments, "gathered") > 0
+    model.to(torch.bfloat16)
+    assert forwards(segments, "gathered") > 0

@@ -75,6 +75,8 @@ def _check(x: Tensor, w: Tensor, idx: Tensor, g: Tensor, bias: Tensor | None, ac
         raise ValueError(f"idx is {list(idx.shape)}; for x {list(x.shape)} it must be [{x.shape[0]}, e] with e >= 1")
     if g.shape != idx.shape:
         raise ValueError(f"g is {list(g.shape)}; it must have the shape of idx, {list(idx.shape)}")
+    if not g.is_floating_point():
+        raise TypeError(f"g is {g.dtype}; gates have a floating dtype")
     if bias is not None and bias.shape != (w.shape[0], w.shape[2]):
         raise ValueError(f"bias is {list(bias.shape)}; for w {list(w.shape)} it must be {[w.shape[0], w.shape[2]]}")
     if act is not None and act not in ACTIVATIONS:

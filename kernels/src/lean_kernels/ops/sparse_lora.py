@@ -71,6 +71,8 @@ def _check(w: Tensor, a: Tensor, b: Tensor, mask: Tensor, **others: Tensor | Non
         raise ValueError(
             f"w is {list(w.shape)}, a {list(a.shape)} and b {list(b.shape)}; [N, K], [r, K] and [N, r] are needed"
         )
+    if not w.is_floating_point():
+        raise TypeError(f"w is {w.dtype}; it must be float32, float16, bfloat16 or float64")
     for name, tensor in {"a": a, "b": b, **others}.items():
         if tensor is not None and tensor.dtype != w.dtype:
             raise TypeError(f"{name} is {tensor.dtype} and w is {w.dtype}; convert one of them")

@@ -117,6 +117,7 @@ def _gram_kernel(
     tl.store(to, total, mask=(layer < layers)[:, None] & (layer < layers)[None, :])
 
 
+@_rt.launcher
 def cosine_stream(x: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     tokens, hidden = x.shape
     cos = torch.empty(tokens, dtype=torch.float32, device=x.device)
@@ -127,6 +128,7 @@ def cosine_stream(x: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Te
     return cos, zero.view(torch.bool)
 
 
+@_rt.launcher
 def cosine_adjacent(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     layers, tokens, hidden = x.shape
     cos = torch.empty(layers - 1, tokens, dtype=torch.float32, device=x.device)
@@ -143,6 +145,7 @@ def cosine_adjacent(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     return cos, zero.view(torch.bool)
 
 
+@_rt.launcher
 def cosine_gram(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     layers, tokens, hidden = x.shape
     programs = min(PROGRAMS, tokens)

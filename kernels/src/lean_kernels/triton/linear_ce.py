@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,6 +18,14 @@ LOWEST = tl.constexpr(-1e38)  # below every logit, and finite: differences with 
 
 def _config(rows: int, columns: int, depth: int, warps: int, stages: int) -> Any:
     return triton.Config({"BM": rows, "BN": columns, "BK": depth}, num_warps=warps, num_stages=stages)
+
+
+def _fits(values: Mapping[str, Any], warps: int, stages: int) -> bool:
+    """Whether tiles fit into shared memory; float32 products also need registers, as tensor cores do not make them."""
+    rows, columns, depth, size = values["BM"], values["BN"], values["BK"], values["h"].element_size()
+    if size == 4 and (depth > 32 or rows * columns > 64 * 32 * warps):
+        return False
+    return bool(stages * depth * (rows + columns) * size <= _rt.shared_memory(values["h"]))
 
 
 @triton.jit
@@ -75,9 +84,13 @@ def _target_kernel(
         _config(128, 256, 64, 8, 3),
         _config(128, 256, 64, 8, 4),
         _config(128, 128, 32, 4, 4),
+        _config(64, 64, 32, 4, 3),
+        _config(64, 128, 32, 8, 3),
+        _config(128, 128, 32, 8, 3),
     ],
     key=["T_KEY", "V", "H"],
-    fallback=_config(64, 128, 64, 4, 3),
+    fallback=_config(64, 128, 32, 4, 3),
+    fits=_fits,
 )
 @triton.jit
 def _sums_kernel(
@@ -143,6 +156,7 @@ def _splits(rows: int, vocabulary: int, device: torch.device) -> int:
     return max(1, min(most, 2 * processors // -(-rows // 128)))
 
 
+@_rt.launcher
 def linear_ce(
     h: Tensor,
     weight: Tensor,
@@ -159,6 +173,8 @@ def linear_ce(
 ) -> tuple[Tensor, ...]:
     """As `lean_kernels.ref.linear_ce.linear_ce`. No host synchronisation: rows that count come first, by a sort."""
     total, vocabulary = len(h), len(weight)
+    # along a row offsets are 32 bit; only a matrix of 2^31 numbers that is stored by columns is beyond them
+    h, weight = (t if t.shape[1] * t.stride(1) < 1 << 31 else t.contiguous() for t in (h, weight))
     ignored = target == ignore_index
     order = torch.argsort(ignored.to(torch.int8), stable=True)
     counted = (total - ignored.sum()).to(torch.int32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -68,13 +69,23 @@ def _score_kernel(
             tl.store(sums + row * tiles + tile, tl.zeros((GP,), tl.float32), mask=lane < group)
 
 
+def _fits(values: Mapping[str, Any], warps: int, stages: int) -> bool:
+    """Whether tiles fit into shared memory; float32 products also need registers, as tensor cores do not make them."""
+    tokens, lanes, size = values["BN"], values["GP"], values["q"].element_size()
+    rows = (tokens + lanes) * values["DP"]  # of keys and queries, and as many of values and sums
+    if size == 4 and rows > 72 * 32 * warps:
+        return False
+    return bool(2 * rows * size + 4 * lanes * tokens <= _rt.shared_memory(values["q"]))
+
+
 @_rt.tune(
     [
         triton.Config({"BN": n}, num_warps=w, num_stages=s)
-        for n, w, s in ((64, 4, 2), (64, 4, 3), (128, 4, 2), (128, 8, 2))
+        for n, w, s in ((32, 4, 2), (32, 8, 2), (64, 4, 2), (64, 4, 3), (64, 8, 2), (128, 4, 2), (128, 8, 2))
     ],
     key=["WIDTH_KEY", "DP", "PER", "BLOCK"],
-    fallback=triton.Config({"BN": 64}, num_warps=4, num_stages=2),
+    fallback=triton.Config({"BN": 32}, num_warps=8, num_stages=2),
+    fits=_fits,
 )
 @triton.jit
 def _attend_kernel(
@@ -167,6 +178,7 @@ def _merge_kernel(
     tl.store(lse + b * l_b + head * l_h + i, tl.where(some, top + tl.log(tl.where(some, total, 1.0)), -float("inf")))
 
 
+@_rt.launcher
 def loki_decode(
     q: Tensor,
     k: Tensor,
@@ -236,7 +248,10 @@ def _visibility(
     order = seen.cumsum(-1, dtype=torch.int32)
     n = order[..., -1:]
     forced = seen & ((order <= sink) | (order > n - recent))
-    wanted = topk[:, None] if isinstance(topk, Tensor) and topk.ndim else torch.as_tensor(topk, device=lens.device)
+    if isinstance(topk, Tensor) and topk.ndim:
+        wanted = topk[:, None]
+    else:
+        wanted = torch.full((), int(topk), device=lens.device)  # a copy from the host could not be captured in a graph
     counts = wanted.clamp(min=sink + recent).minimum(n[..., 0])
     if block > 1:
         pad = -room % block
@@ -265,7 +280,9 @@ def _score(
     group, bases = heads // kv_heads, rows * kv_heads * queries
     mean = per == 1 and reduce == "softmax_mean" and group > 1
     largest = per == 1 and not mean
-    tiles = triton.cdiv(room, SCORE_TILE)
+    dims = _rt.bucket(d)
+    tile = SCORE_TILE if dims * q.element_size() <= 512 else SCORE_TILE // 2  # what registers and shared memory hold
+    tiles = triton.cdiv(room, tile)
     scores = torch.empty(bases * (1 if largest else group), room, dtype=torch.float32, device=q.device)
     tops = torch.empty(bases * group if mean else 0, tiles, dtype=torch.float32, device=q.device)
     sums = torch.empty_like(tops)
@@ -274,7 +291,8 @@ def _score(
         kv_heads, queries, room, tiles, group, d, low.shape[2], 0 if table is None else table.stride(0),
         *q.stride(), *low.stride(), scale,
         MAX=largest, MEAN=mean, STARTS=seen.start is not None, MASKED=seen.states is not None, PAGED=table is not None,
-        UPCAST=_rt.INTERPRET, GP=_rt.bucket(group), DP=_rt.bucket(d), BN=SCORE_TILE,
+        UPCAST=_rt.INTERPRET, GP=_rt.bucket(group), DP=dims, BN=tile,
+        num_warps=8 if dims * q.element_size() > 256 else 4,
     )  # fmt: skip
     return Scored(scores, tops, sums, tiles, mean, per, group)
 

@@ -6,6 +6,7 @@ rounded once to the dtype of the product. No atomics: every element of a gradien
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,11 +24,27 @@ def _config(columns: int, depth: int, warps: int, stages: int) -> Any:
     return triton.Config({"BN": columns, "BK": depth}, num_warps=warps, num_stages=stages)
 
 
+def _fits(values: Mapping[str, Any], warps: int, stages: int) -> bool:
+    """Whether tiles fit into shared memory; float32 products also need registers, as tensor cores do not make them."""
+    rows, columns, depth, size = values["BM"], values["BN"], values["BK"], values["x"].element_size()
+    if size == 4 and (rows + depth) * columns > 44 * 32 * warps:
+        return False
+    shared = stages * depth * (rows + values["EXPERTS"] * columns) * size
+    return bool(shared <= _rt.shared_memory(values["x"]))
+
+
+@triton.jit
+def _place_of(tiles):
+    """Group and tile of a program. Groups share the first axis of the grid with tiles: the others end at 65535."""
+    return (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
+
+
 @_rt.tune(
     [_config(n, k, warps, stages) for n, k, warps in ((64, 32, 4), (64, 64, 4), (128, 32, 4), (128, 64, 8))
      for stages in (3, 4)],
     key=["K", "N", "BM", "EXPERTS"],
     fallback=_config(64, 32, 4, 2),
+    fits=_fits,
 )  # fmt: skip
 @triton.jit
 def _matmul_kernel(
@@ -36,10 +53,10 @@ def _matmul_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """out[b] = x[b] · Σ_j g[b, j] w[idx[b, j]] + shift[b]. Row tiles come first: a weight tile is read again soon."""
-    b = tl.program_id(1).to(tl.int64)
     tiles = tl.cdiv(L, BM)
-    row = (tl.program_id(0) % tiles) * BM + tl.arange(0, BM).to(tl.int64)
-    column = (tl.program_id(0) // tiles) * BN + tl.arange(0, BN).to(tl.int64)
+    b, tile = _place_of(tiles * tl.cdiv(N, BN))
+    row = (tile % tiles) * BM + tl.arange(0, BM).to(tl.int64)
+    column = (tile // tiles) * BN + tl.arange(0, BN).to(tl.int64)
     depth = tl.arange(0, BK).to(tl.int64)
     total = tl.zeros((BM, BN), tl.float32)
     for start in range(0, K, BK):
@@ -50,12 +67,12 @@ def _matmul_kernel(
         merged = tl.zeros((BK, BN), tl.float32)
         for j in tl.static_range(EXPERTS):
             expert = tl.load(idx + b * EXPERTS + j).to(tl.int64)
-            tile = tl.load(
+            part = tl.load(
                 w + expert * w_e + k[:, None] * w_k + column[None, :] * w_n,
                 mask=(k < K)[:, None] & (column < N)[None, :],
                 other=0,
             )
-            merged += tl.load(g + b * EXPERTS + j).to(tl.float32) * tile.to(tl.float32)
+            merged += tl.load(g + b * EXPERTS + j).to(tl.float32) * part.to(tl.float32)
         if UPCAST:  # the interpreter cannot multiply bfloat16
             total += tl.dot(left.to(tl.float32), merged, input_precision="ieee")
         else:
@@ -68,10 +85,10 @@ def _matmul_kernel(
 
 @triton.jit
 def _merge_kernel(
-    w, idx, g, out, K, N, w_e, w_k, w_n, EXPERTS: tl.constexpr, BLOCK: tl.constexpr
+    w, idx, g, out, K, N, w_e, w_k, w_n, blocks, EXPERTS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    b = tl.program_id(1).to(tl.int64)
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    b, block = _place_of(blocks)
+    at = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at // N < K  # K · N may be more than an int32 holds
     total = tl.zeros((BLOCK,), tl.float32)
     for j in tl.static_range(EXPERTS):
@@ -126,58 +143,56 @@ def _weight_grad_kernel(
 
 @triton.jit
 def _gate_grad_kernel(
-    x, grad, w, idx, partial, L, K, N, x_b, x_l, x_k, d_b, d_l, d_n, w_e, w_k, w_n,
+    x, grad, w, idx, partial, L, K, N, x_b, x_l, x_k, d_b, d_l, d_n, w_e, w_k, w_n, tiles,
     EXPERTS: tl.constexpr, UPCAST: tl.constexpr, BL: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """One tile's part of ⟨xᵀ · grad, w[idx[b, j]]⟩ for every j: the product is computed once for all experts."""
-    b = tl.program_id(1).to(tl.int64)
-    tiles = tl.cdiv(N, BN)
-    k = (tl.program_id(0) // tiles) * BK + tl.arange(0, BK).to(tl.int64)
-    n = (tl.program_id(0) % tiles) * BN + tl.arange(0, BN).to(tl.int64)
+    b, tile = _place_of(tiles)
+    across = tl.cdiv(N, BN)
+    k = (tile // across) * BK + tl.arange(0, BK).to(tl.int64)
+    n = (tile % across) * BN + tl.arange(0, BN).to(tl.int64)
     product = _products(x + b * x_b, grad + b * d_b, L, k, n, K, N, x_l, x_k, d_l, d_n, UPCAST, BL)
     inside = (k < K)[:, None] & (n < N)[None, :]
     for j in tl.static_range(EXPERTS):
         expert = tl.load(idx + b * EXPERTS + j).to(tl.int64)
-        tile = tl.load(w + expert * w_e + k[:, None] * w_k + n[None, :] * w_n, mask=inside, other=0)
-        to = partial + (b * EXPERTS + j) * tl.num_programs(0) + tl.program_id(0)
-        tl.store(to, tl.sum(tl.sum(product * tile.to(tl.float32), 1), 0))
+        weight = tl.load(w + expert * w_e + k[:, None] * w_k + n[None, :] * w_n, mask=inside, other=0)
+        to = partial + (b * EXPERTS + j) * tiles + tile
+        tl.store(to, tl.sum(tl.sum(product * weight.to(tl.float32), 1), 0))
 
 
+@_rt.launcher
 def merged_matmul(x: Tensor, w: Tensor, idx: Tensor, g: Tensor, shift: Tensor | None) -> Tensor:
     """Fused where weights are read few enough times, else merged into memory first and multiplied by torch."""
     (batch, length, depth), (_, _, columns), experts = x.shape, w.shape, idx.shape[1]
-    rows = 16 if length <= 16 else 64 if length <= 64 else 128
+    # a tile of 32 float32 rows is what registers hold
+    rows = 16 if length <= 16 else 32 if x.dtype == torch.float32 else 64 if length <= 64 else 128
     passes = triton.cdiv(length, rows)
     # times K·N elements moved: fused, and merged first
     if experts > MAX_FUSED or experts * passes > experts + 1 + passes:
         merged = merge_experts(w, idx, g)
         return torch.bmm(x, merged) if shift is None else torch.baddbmm(shift[:, None].to(x.dtype), x, merged)
     out = x.new_empty(batch, length, columns)
-    _matmul_kernel[lambda meta: (passes * triton.cdiv(columns, meta["BN"]), batch)](
+    _matmul_kernel[lambda meta: (passes * triton.cdiv(columns, meta["BN"]) * batch,)](
         x, w, idx.contiguous(), g.contiguous(), out if shift is None else shift.contiguous(), out, length, depth,
         columns, *x.stride(), *w.stride(), EXPERTS=experts, SHIFTED=shift is not None, UPCAST=_rt.INTERPRET, BM=rows,
     )  # fmt: skip
     return out
 
 
+@_rt.launcher
 def merge_experts(w: Tensor, idx: Tensor, g: Tensor) -> Tensor:
     """Merged weights of every group, [Bg, K, N]."""
-    batch, experts = idx.shape
-    out = w.new_empty(batch, *w.shape[1:])
-    _merge_kernel[(triton.cdiv(w.shape[1] * w.shape[2], MERGE_BLOCK), batch)](
-        w,
-        idx.contiguous(),
-        g.contiguous(),
-        out,
-        w.shape[1],
-        w.shape[2],
-        *w.stride(),
-        EXPERTS=experts,
-        BLOCK=MERGE_BLOCK,
-    )
+    (batch, experts), (_, depth, columns) = idx.shape, w.shape
+    out = w.new_empty(batch, depth, columns)
+    blocks = triton.cdiv(depth * columns, MERGE_BLOCK)
+    _merge_kernel[(blocks * batch,)](
+        w, idx.contiguous(), g.contiguous(), out, depth, columns, *w.stride(), blocks,
+        EXPERTS=experts, BLOCK=MERGE_BLOCK,
+    )  # fmt: skip
     return out
 
 
+@_rt.launcher
 def merged_matmul_backward(
     x: Tensor, w: Tensor, idx: Tensor, g: Tensor, grad: Tensor, for_w: bool, for_g: bool
 ) -> tuple[Tensor, Tensor]:
@@ -193,8 +208,8 @@ def merged_matmul_backward(
         )
     if for_g:
         partial = torch.empty(batch, experts, tiles, dtype=torch.float32, device=x.device)
-        _gate_grad_kernel[(tiles, batch)](
-            x, grad, w, idx, partial, length, depth, columns, *x.stride(), *grad.stride(), *w.stride(), **options
+        _gate_grad_kernel[(tiles * batch,)](
+            x, grad, w, idx, partial, length, depth, columns, *x.stride(), *grad.stride(), *w.stride(), tiles, **options
         )
         g_grad = partial.sum(-1).to(g.dtype)
     return w_grad, g_grad

@@ -117,6 +117,7 @@ def _add_backward_kernel(
     tl.store(gate_grad + b * k + j, tl.sum(products, 0).to(gate_grad.dtype.element_ty))
 
 
+@_rt.launcher
 def token_gather(x: Tensor, idx: Tensor, counts: Tensor | None, norm_weight: Tensor | None, eps: float) -> Tensor:
     (batch, k), hidden = idx.shape, x.shape[2]
     out = x.new_empty(batch, k, hidden)
@@ -132,6 +133,7 @@ def token_gather(x: Tensor, idx: Tensor, counts: Tensor | None, norm_weight: Ten
     return out
 
 
+@_rt.launcher
 def token_scatter_add_(x: Tensor, y: Tensor, idx: Tensor, gate: Tensor | None, counts: Tensor | None) -> None:
     (batch, k), hidden = idx.shape, x.shape[2]
     idx = idx.contiguous()
@@ -142,10 +144,12 @@ def token_scatter_add_(x: Tensor, y: Tensor, idx: Tensor, gate: Tensor | None, c
     )  # fmt: skip
 
 
+@_rt.launcher
 def token_scatter_add(x: Tensor, y: Tensor, idx: Tensor, gate: Tensor | None, counts: Tensor | None) -> Tensor:
     return _place(x, y, idx, gate, counts, x.shape[1])
 
 
+@_rt.launcher
 def token_scatter(y: Tensor, idx: Tensor, counts: Tensor | None, tokens: int) -> Tensor:
     return _place(None, y, idx, None, counts, tokens)
 
@@ -166,6 +170,7 @@ def _place(x: Tensor | None, y: Tensor, idx: Tensor, gate: Tensor | None, counts
     return out
 
 
+@_rt.launcher
 def token_scatter_add_backward(
     grad: Tensor, y: Tensor, idx: Tensor, gate: Tensor, counts: Tensor | None
 ) -> tuple[Tensor, Tensor]:

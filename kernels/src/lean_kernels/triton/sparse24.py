@@ -44,6 +44,7 @@ def _matmul_kernel(
     tl.store(to, total.to(out.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
 
 
+@_rt.launcher
 def matmul_24(x: Tensor, values: Tensor, places: Tensor, bias: Tensor | None) -> Tensor:
     (rows, depth), columns = x.shape, values.shape[0]
     out = x.new_empty(rows, columns)

@@ -156,27 +156,32 @@ def _a_grad_kernel(
     tl.store(to, total * scale, mask=(r < R)[:, None] & (k < K)[None, :])
 
 
+@_rt.launcher
 def sparse_lora_matmul(
     x: Tensor, w: Tensor, a: Tensor, b: Tensor, bits: Tensor, scale: float, bias: Tensor | None
 ) -> Tensor:
     (rows, depth), (columns, rank) = x.shape, b.shape
     out = x.new_empty(rows, columns)
-    bm = 16 if rows <= 16 else 64 if rows <= 64 or _rt.INTERPRET else 128
-    _forward_kernel[(triton.cdiv(rows, bm), triton.cdiv(columns, 64))](
+    wide = x.dtype == torch.float32  # its products take registers: smaller tiles, more threads
+    bm = 16 if rows <= 16 else 32 if wide else 64 if rows <= 64 or _rt.INTERPRET else 128
+    bn = 32 if wide else 64
+    _forward_kernel[(triton.cdiv(rows, bm), triton.cdiv(columns, bn))](
         x, w, a, b, bits.contiguous(), out if bias is None else bias.contiguous(), out, rows, columns, depth, rank,
         *x.stride(), *w.stride(), *a.stride(), *b.stride(), scale, RANK=_padded(rank), BIASED=bias is not None,
-        UPCAST=_rt.INTERPRET, BM=bm, BN=64, BK=32, num_warps=4 if bm < 128 else 8,
+        UPCAST=_rt.INTERPRET, BM=bm, BN=bn, BK=32, num_warps=8 if wide or bm == 128 else 4,
     )  # fmt: skip
     return out
 
 
+@_rt.launcher
 def sparse_lora_backward(
     grad: Tensor, x: Tensor, w: Tensor, a: Tensor, b: Tensor, bits: Tensor, scale: float, for_x: bool, for_ab: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     (rows, depth), (columns, rank) = x.shape, b.shape
     bits = bits.contiguous()
     x_grad = x.new_empty(x.shape if for_x else (0,))
-    options = {"RANK": _padded(rank), "UPCAST": _rt.INTERPRET}
+    wide = x.dtype == torch.float32
+    options = {"RANK": _padded(rank), "UPCAST": _rt.INTERPRET, "num_warps": 8 if wide else 4}
     if for_x:
         bm = 16 if rows <= 16 else 64
         _x_grad_kernel[(triton.cdiv(rows, bm), triton.cdiv(depth, 64))](
@@ -185,14 +190,14 @@ def sparse_lora_backward(
         )  # fmt: skip
     if not for_ab:
         return x_grad, a.new_empty(0), b.new_empty(0)
-    sizes = {"TILES": TILES, "BM": 32, "BN": 64, "BK": 64, **options}
-    splits_a, splits_b = (triton.cdiv(size, 64 * TILES) for size in (columns, depth))
+    sizes = {"TILES": TILES, "BM": 32, "BN": 64, "BK": 32 if wide else 64, **options}
+    splits_a, splits_b = triton.cdiv(columns, sizes["BN"] * TILES), triton.cdiv(depth, sizes["BK"] * TILES)
     a_parts = torch.empty(splits_a, *a.shape, dtype=torch.float32, device=x.device)
     b_parts = torch.empty(splits_b, *b.shape, dtype=torch.float32, device=x.device)
-    _a_grad_kernel[(triton.cdiv(depth, 64), splits_a)](
+    _a_grad_kernel[(triton.cdiv(depth, sizes["BK"]), splits_a)](
         grad, x, b, bits, a_parts, rows, columns, depth, rank, *grad.stride(), *x.stride(), *b.stride(), scale, **sizes
     )
-    _b_grad_kernel[(triton.cdiv(columns, 64), splits_b)](
+    _b_grad_kernel[(triton.cdiv(columns, sizes["BN"]), splits_b)](
         grad, x, a, bits, b_parts, rows, columns, depth, rank, *grad.stride(), *x.stride(), *a.stride(), scale, **sizes
     )
     return x_grad, a_parts.sum(0).to(a.dtype), b_parts.sum(0).to(b.dtype)

@@ -1,16 +1,18 @@
 """Summed losses of segments under a model, without logits for tokens that nobody asks about.
 
-The base model runs once on a padded batch; the hidden states that predict targets are gathered, and the model's own
-forward turns them into logits, in chunks of rows, with the base model standing in as a constant: so whatever the
-architecture does after its last norm (soft-cap, scale, bias) is done by its own code. Right padding needs no mask under
-causal attention. Both are believed only after `Losses.check` has seen them give what the plain forward gives, one
-segment at a time; what deviates is not used.
+The base model runs once on a padded batch, and the hidden states that predict targets are gathered. Where the head is a
+matrix with at most a bias, a scale and a soft-cap, `lean_kernels.linear_ce` makes losses of them. Where it is more, the
+model's own forward turns them into logits, in chunks of rows, with the base model standing in as a constant: whatever
+the architecture does after its last norm is then done by its own code. Right padding needs no mask under causal
+attention. All of this is believed only after `Losses.check` has seen it give what the plain forward gives, one segment
+at a time; what deviates is not used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -23,9 +25,10 @@ from torch.nn import functional
 from model_hooks.errors import RequestError
 
 from .batches import Batching
+from .linear_head import LinearHead, output_embedding
 from .pairs import Segment
 
-Head = Literal["gathered", "whole"]
+Head = Literal["linear", "gathered", "whole"]
 
 CHUNK_ROWS, CHUNK_ELEMENTS = 2048, 1 << 27  # of the logits that exist at a time
 SAMPLES, SAMPLE_LENGTH = 8, 32
@@ -38,7 +41,7 @@ class Losses:
     """Callable: segments -> float64 array of summed losses in nats. `how` says what `check` settled on."""
 
     def __init__(self, model: Any) -> None:
-        if _head_of(model) is None:
+        if output_embedding(model) is None:
             raise RequestError(
                 f"{type(model).__name__} has no output embedding, so it predicts nothing; give a causal language model"
             )
@@ -46,12 +49,16 @@ class Losses:
         # where the model's forward gets its hidden states from: most call the base model, OPT the decoder inside it
         self.bases = [model.base_model, *([model.get_decoder()] if hasattr(model, "get_decoder") else [])]
         self.base = self.bases[0]
-        self.head: Head = "gathered"
+        self.head: Head = "linear" if LinearHead.of(model) else "gathered"
         self.batching: Batching = "padded"
 
     @property
     def how(self) -> str:
-        head = {"gathered": "logits of target positions only", "whole": "logits of all positions"}[self.head]
+        head = {
+            "linear": "losses of target positions without logits",
+            "gathered": "logits of target positions only",
+            "whole": "logits of all positions",
+        }[self.head]
         batching = {"padded": "padded batches", "equal_length": "batches of equal length", "one_by_one": "one by one"}
         return f"{head}, {batching[self.batching]}"
 
@@ -61,20 +68,25 @@ class Losses:
         device = self.model.device
         targets = ids[rows, columns].to(device)
         given, at, before = ids.to(device), rows.to(device), (columns - 1).to(device)
-        if self.head == "gathered":
-            output = self.base(input_ids=given, use_cache=False)
-            found = output[0][at.to(output[0].device), before.to(output[0].device)]  # [targets, hidden_size]
-        else:
+        if self.head == "whole":
             output = None
             found = self.model(input_ids=given, use_cache=False).logits
             found = found[at.to(found.device), before.to(found.device)]  # [targets, vocab_size]
+        else:
+            output = self.base(input_ids=given, use_cache=False)
+            found = output[0][at.to(output[0].device), before.to(output[0].device)]  # [targets, hidden_size]
+        linear = LinearHead.of(self.model) if self.head == "linear" else None
+        losses = linear.losses(found, targets) if linear else self._logit_losses(found, targets, output)
+        return np.bincount(rows.numpy(), losses.double().cpu().numpy(), len(segments)).astype(np.float64)
+
+    def _logit_losses(self, found: Tensor, targets: Tensor, output: Any) -> Tensor:
+        """Losses [targets] by logits, which are `found` or made of it, for some rows at a time."""
         parts = []
-        step = max(1, min(CHUNK_ROWS, CHUNK_ELEMENTS // _head_of(self.model).weight.shape[0]))
+        step = max(1, min(CHUNK_ROWS, CHUNK_ELEMENTS // output_embedding(self.model).weight.shape[0]))
         for part, target in zip(found.split(step), targets.split(step)):
             logits = self._logits(part, output) if self.head == "gathered" else part
-            losses = functional.cross_entropy(logits.float(), target.to(logits.device), reduction="none")
-            parts.append(losses.double().cpu())
-        return np.bincount(rows.numpy(), torch.cat(parts).numpy(), len(segments)).astype(np.float64)
+            parts.append(functional.cross_entropy(logits.float(), target.to(logits.device), reduction="none"))
+        return torch.cat(parts)
 
     def _logits(self, hidden: Tensor, output: Any) -> Tensor:
         """Logits [n, vocab_size] of hidden states [n, hidden_size], by the model's forward from the base model on."""
@@ -88,7 +100,8 @@ class Losses:
 
         Once for a model object, its class, dtype and attention: other weights do not change what its code does.
         """
-        code = (type(self.model), self.model.dtype, self.model.config._attn_implementation, self.model.device.type)
+        config, linear = self.model.config, LinearHead.of(self.model) is not None
+        code = (type(self.model), self.model.dtype, config._attn_implementation, self.model.device.type, linear)
         known = SETTLED.setdefault(self.model, {})
         if code in known:
             number, self.head, self.batching = known[code]
@@ -108,7 +121,8 @@ class Losses:
         for batching, given in ways:
             self.base, self.head, self.batching = self.bases[0], "whole", "one_by_one"
             expected = self._each(given)
-            heads: list[tuple[Any, Head]] = [*((base, "gathered") for base in self.bases), (self.bases[0], "whole")]
+            quick: list[Head] = ["linear", "gathered"] if LinearHead.of(self.model) else ["gathered"]
+            heads: list[tuple[Any, Head]] = [*product(self.bases, quick), (self.bases[0], "whole")]
             for base, head in heads:
                 self.base, self.head, self.batching = base, head, batching
                 if self._agrees(given, expected):
@@ -142,13 +156,6 @@ def pad(segments: Sequence[Segment]) -> tuple[Tensor, Tensor, Tensor]:
 def _cut(segment: Segment, length: int) -> Segment:
     """The first `length` tokens (two at least), all of them targets but the first."""
     return Segment(segment.ids[: max(2, length)], 1)
-
-
-def _head_of(model: Any) -> Any:
-    try:
-        return model.get_output_embeddings()
-    except (AttributeError, NotImplementedError):
-        return None
 
 
 @contextmanager
