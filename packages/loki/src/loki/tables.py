@@ -20,12 +20,14 @@ A row names a method and its budget; the scale's `figures` name what is measured
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from loki.basis import Basis
 from loki.config import dimensions
 from paper_tables import Context, Paper, tables_folder
 from paper_tables.errors import TableError, nearest
+
+if TYPE_CHECKING:
+    from loki.basis import Basis
 
 Cell = Mapping[str, Any]
 SETTINGS = ("method", "k", "d", "select", "group_reduce", "block", "mass", "sink", "recent", "min_k", "prefill")
@@ -129,7 +131,7 @@ def basis_of(cell: Cell, context: Context) -> Basis:
 def _random(model: Any, seed: int) -> Basis:
     import torch
 
-    from loki.basis import shape_of
+    from loki.basis import Basis, shape_of
 
     layers, heads, width = shape_of(model)
     square = torch.randn(layers, heads, width, width, generator=torch.Generator().manual_seed(seed))
