@@ -14,34 +14,17 @@ from typing import Any
 
 import pytest
 import torch
+from commands import Command
 from llm_drop.cli import app
 from llm_drop.plan import Plan
 from llm_drop.scoring import Scores
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner, Result
 
 SCORE = ("--data", "zoo:calibration", "--samples", "4", "--length", "64")
 
 
-def call(*arguments: Any) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
-
-
-def said(*arguments: Any) -> dict[str, Any]:
-    result = call(*arguments, "--json")
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)  # type: ignore[no-any-return]
-
-
-def refused(message: str, *arguments: Any) -> None:
-    """Exit 2, one line on stderr that holds `message`, and nothing written."""
-    before = sorted(Path.cwd().rglob("*"))
-    result = call(*arguments)
-    assert result.exit_code == 2, result.output
-    assert message in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
-    assert "Traceback" not in result.stderr
-    assert sorted(Path.cwd().rglob("*")) == before
+COMMAND = Command(app)
+call, said, refused = COMMAND.call, COMMAND.said, COMMAND.refused
 
 
 @pytest.fixture(autouse=True)

@@ -8,32 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from commands import Command
 from loki import Basis
 from loki.cli import app
-from typer.testing import CliRunner, Result
 
 MODEL = "zoo:gpt2"  # GPT-2 has no rotary embedding and every head its own keys: 4 layers, quick
 TEXT = ("--documents", "2", "--characters", "600", "--length", "64", "--samples", "2")
 
 
-def call(*arguments: Any) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
-
-
-def said(*arguments: Any) -> dict[str, Any]:
-    result = call(*arguments, "--json")
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)  # type: ignore[no-any-return]
-
-
-def refused(message: str, *arguments: Any) -> None:
-    """Exit 2, one line on stderr that holds `message`, and nothing written."""
-    before = sorted(Path.cwd().rglob("*"))
-    result = call(*arguments)
-    assert result.exit_code == 2, result.output
-    assert message in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
-    assert sorted(Path.cwd().rglob("*")) == before
+COMMAND = Command(app)
+call, said, refused = COMMAND.call, COMMAND.said, COMMAND.refused
 
 
 @pytest.fixture(autouse=True)

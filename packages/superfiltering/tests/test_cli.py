@@ -11,34 +11,17 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from commands import Command
 from superfiltering.cli import app
 from superfiltering.scores import read_scores
 from superfiltering.selection import original_selection
-from typer.testing import CliRunner, Result
 
 pytestmark = [pytest.mark.usefixtures("room"), pytest.mark.filterwarnings("ignore:max_length 1024 is lowered")]
 Talks = Callable[..., list[dict[str, Any]]]
 
 
-def call(*arguments: Any) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
-
-
-def said(*arguments: Any) -> dict[str, Any]:
-    result = call(*arguments, "--json")
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout, parse_constant=pytest.fail)  # type: ignore[no-any-return]
-
-
-def refused(message: str, *arguments: Any) -> None:
-    """Exit 2, one line on stderr that holds `message`, and nothing written."""
-    before = sorted(Path.cwd().rglob("*"))
-    result = call(*arguments)
-    assert result.exit_code == 2, result.output
-    assert message in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
-    assert "Traceback" not in result.stderr
-    assert sorted(Path.cwd().rglob("*")) == before
+COMMAND = Command(app)
+call, said, refused = COMMAND.call, COMMAND.said, COMMAND.refused
 
 
 def loaded(path: str | Path) -> list[dict[str, Any]]:
