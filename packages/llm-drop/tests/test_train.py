@@ -270,7 +270,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "plan of other weights": (["--plan", "plan-of-others.json"], "made from others"),
     "adapter of a lost base": (["--keep-adapter", "--plan", "plan.json"], "dropped already"),
     "full adapter": (["--keep-adapter", "--method", "full"], "needs --method lora"),
-    "no launcher": (["--deepspeed", "zero2"], "need a launcher"),
+    "no launcher": (["--deepspeed", "zero2"], "needs a launcher"),
     "existing output": (["--output", "taken"], "--overwrite"),
     "output in the input": (["--output", "model/healed"], "overlaps the input"),
     "existing work": (["--output", "busy"], "is in the way"),
@@ -290,6 +290,7 @@ def test_a_wrong_request_is_one_line_and_writes_nothing(
     Plan(4, attention=(1,), model="others", fingerprint="00").save("plan-of-others.json")
     for folder in ("taken", "busy.training"):
         Path(folder).mkdir()
+    Path("busy.training/notes.txt").write_text("mine")
     Path("typo.yaml").write_text("learning_rat: 1\n")
     before = sorted(tmp_path.rglob("*"))
     arguments, message = WRONG[case]

@@ -32,7 +32,8 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
 from llm_drop import healing, train
-healing.on_cpu = train.on_cpu = lambda: False
+from paper_tables import trainer
+trainer.on_cpu = train.on_cpu = lambda: False
 make = healing.Healer.create_optimizer
 def create_optimizer(self, model=None):
     print("sharded by", self.accelerator.distributed_type, self.accelerator.is_fsdp2)

@@ -140,7 +140,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
     assert not stopped.output.exists()
     monkeypatch.setattr(sft.SFTTrainer, "training_step", step)
     for name, value in (("learning_rate", 0.1), ("max_length", 32), ("template", "alpaca"), ("seed", 3)):
-        with pytest.raises(RequestError, match=f"holds a run with {name} .*, not {value!r}"):
+        with pytest.raises(RequestError, match=f"holds an unfinished run with {name} .*, now {value!r}"):
             train(config(weak, data, tmp_path / "stopped", **{name: value}))
     text = Path(data).read_text()
     Path(data).write_text(text.replace("topic", "kind").replace("value", "price"))
@@ -186,7 +186,7 @@ def test_a_checkpoint_torn_by_a_kill_is_not_gone_on_from(
 def test_a_run_begins_anew_if_asked(weak: Path, data: str, tmp_path: Path) -> None:
     other = config(weak, data, tmp_path / "student", learning_rate=0.1)
     other.work.mkdir()
-    (other.work / "settings.json").write_text(json.dumps(other.settings()))
+    (other.work / "prepared.json").write_text(json.dumps({"settings": other.settings()}))
     result = train(config(weak, data, tmp_path / "student", resume=False, max_steps=1))
     assert result["steps"] == 1
 

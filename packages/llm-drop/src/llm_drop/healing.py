@@ -5,32 +5,27 @@ Every process runs it. It imports what the extra [train] installs, so it is impo
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, Trainer, set_seed
 from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_zero3_enabled
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import get_model_param_count
 from transformers.utils import CONFIG_NAME
 
-from llm_drop.prepare import DATA, LOG, START, TRAINED, on_cpu
+from llm_drop.prepare import DATA, START, TRAINED
 from model_hooks.loading import quiet
-from paper_tables import WorkFailed, progress
-from paper_tables.frame import require
-from paper_tables.launch import last_checkpoint
+from paper_tables import WorkFailed, progress, trainer
+from paper_tables.training import LOG
 
 if TYPE_CHECKING:
     from llm_drop.train import TrainConfig
@@ -82,7 +77,7 @@ class Healer(Trainer):
         self.parent, self.weight = parent, weight
         self.model_accepts_loss_kwargs = False  # all sequences are equally long: a mean of means is the mean
         self.remove_callback(PrinterCallback)
-        self.add_callback(_Log(log))
+        self.add_callback(trainer.Log(log))
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -103,32 +98,6 @@ class Healer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
 
-class _Log(TrainerCallback):
-    """Keeps the log as JSON lines. A run that goes on begins with the lines that its checkpoint knows of."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            self.path.write_text("".join(json.dumps(entry) + "\n" for entry in state.log_history))
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            with self.path.open("a") as file:
-                file.write(json.dumps(state.log_history[-1]) + "\n")
-
-
-class Progress(TrainerCallback):
-    """Moves a bar, `bar(steps done, steps)`."""
-
-    def __init__(self, bar: Callable[[float, float], None]) -> None:
-        self.bar = bar
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar(state.global_step, state.max_steps)
-
-
 def load_parent(source: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """The frozen parent, whole on `device`, or cut over the processes where ZeRO-3 cuts the student."""
     parent = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
@@ -145,43 +114,13 @@ def load_parent(source: str, dtype: torch.dtype, device: torch.device) -> nn.Mod
 
 def arguments(config: TrainConfig, deepspeed: str | None) -> Any:
     """The Trainer's arguments; `deepspeed` is a file. Making them joins this process to the others of its launcher."""
-    cpu = on_cpu()
-    arguments = TrainingArguments(
-        output_dir=str(config.work),
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.accumulation,
-        num_train_epochs=config.epochs,
-        max_steps=config.max_steps or -1,
-        learning_rate=config.rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=config.warmup,
-        weight_decay=config.weight_decay,
-        gradient_checkpointing=config.gradient_checkpointing and not config.fsdp,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-        bf16=config.bf16,
-        deepspeed=deepspeed,
-        fsdp=config.fsdp or None,
-        fsdp_config={"version": 2, "activation_checkpointing": config.gradient_checkpointing} if config.fsdp else None,
-        save_steps=config.save_every,
-        save_total_limit=2,
-        logging_steps=config.log_every,
-        eval_on_start=True,
-        prediction_loss_only=True,
-        remove_unused_columns=False,
-        seed=config.seed,
-        use_cpu=cpu,
-        ddp_backend="gloo" if cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None,
-        ddp_timeout=7200,  # the others wait while the first process drops from, and at the end writes, a 70B model
-        disable_tqdm=True,
-        report_to="none",
-    )
-    if deepspeed:  # loading under ZeRO-3 comes before Trainer would do this
-        # of torch 2.14, about calls that DeepSpeed makes many times a step
-        warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
-        require("deepspeed.comm", extra="train", package="llm-drop").init_distributed(auto_mpi_discovery=False)
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # more GPUs are for a launcher: never torch's old DataParallel
-    return arguments
+    own: dict[str, Any] = {"eval_on_start": True, "prediction_loss_only": True, "remove_unused_columns": False}
+    if config.fsdp:
+        own |= {
+            "fsdp": True, "gradient_checkpointing": False,
+            "fsdp_config": {"version": 2, "activation_checkpointing": config.gradient_checkpointing},
+        }  # fmt: skip
+    return trainer.arguments(config, deepspeed, "llm-drop", **own)
 
 
 def _model(config: TrainConfig, prepared: dict[str, Any], source: str, deepspeed: bool) -> Any:
@@ -204,7 +143,7 @@ def _model(config: TrainConfig, prepared: dict[str, Any], source: str, deepspeed
 def heal(config: TrainConfig, prepared: dict[str, Any], arguments: Any) -> dict[str, Any]:
     """Train, and write the weights, gathered, to the work folder. Returns what `train` does."""
     data = load_file(config.work / DATA)
-    checkpoint = broadcast_object_list([last_checkpoint(config.work)])[0]
+    checkpoint = trainer.checkpoint_of(config)
     arguments.eval_on_start = checkpoint is None  # the loss before training is in the checkpoint's log
     start = prepared["start"] or str(config.work / START)
     goes_on = checkpoint is not None and (checkpoint / CONFIG_NAME).is_file()
@@ -213,17 +152,17 @@ def heal(config: TrainConfig, prepared: dict[str, Any], arguments: Any) -> dict[
         source = str(checkpoint) if goes_on else start
         model = _model(config, prepared, source, deepspeed=arguments.deepspeed_plugin is not None)
         parent = load_parent(prepared["parent"], model.dtype, arguments.device) if config.distill else None
-        trainer = Healer(
+        healer = Healer(
             parent, config.distill, config.work / LOG, model=model, args=arguments,
-            train_dataset=list(data["train"]), eval_dataset=list(data["heldout"]), callbacks=[Progress(bar)],
+            train_dataset=list(data["train"]), eval_dataset=list(data["heldout"]), callbacks=[trainer.Progress(bar)],
         )  # fmt: skip
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        after = trainer.evaluate()["eval_loss"]
-        before = next(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
+        healer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        after = healer.evaluate()["eval_loss"]
+        before = next(entry["eval_loss"] for entry in healer.state.log_history if "eval_loss" in entry)
         if not math.isfinite(after):
             raise WorkFailed(f"the held-out loss became {after}; nothing was written: lower --learning-rate")
-        trainer.save_model(str(config.work / TRAINED))
-    steps, trainable = trainer.state.global_step, get_model_param_count(trainer.model, trainable_only=True)
+        healer.save_model(str(config.work / TRAINED))
+    steps, trainable = healer.state.global_step, get_model_param_count(healer.model, trainable_only=True)
     adapters = trainable if config.method == "lora" else 0
     return {
         "output": config.output,
@@ -231,7 +170,7 @@ def heal(config: TrainConfig, prepared: dict[str, Any], arguments: Any) -> dict[
         "tokens": steps * config.batch_size * config.accumulation * arguments.world_size * config.length,
         "loss_before": before,
         "loss_after": after,
-        "parameters": get_model_param_count(trainer.model) - adapters,
+        "parameters": get_model_param_count(healer.model) - adapters,
         "trainable": trainable,
         "seconds": time.monotonic() - began,
     }

@@ -5,12 +5,11 @@ The first process makes them, with the whole model in its memory; all processes 
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model_hooks import RequestError
+from paper_tables.training import refuse_longer_than_context, split
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,17 +17,9 @@ if TYPE_CHECKING:
     from llm_drop.train import TrainConfig
     from model_hooks import Anatomy
 
-RECORD = "prepared.json"
 DATA = "data.safetensors"
 START = "start"  # the model to start from, where it was dropped here
 TRAINED = "trained"
-LOG = "training_log.jsonl"
-
-
-def on_cpu() -> bool:
-    import torch
-
-    return not torch.accelerator.is_available()
 
 
 def lora_targets(parts: Anatomy) -> tuple[list[str], list[str]]:
@@ -60,34 +51,8 @@ def lora_targets(parts: Anatomy) -> tuple[list[str], list[str]]:
     return modules, banks
 
 
-def prepare(config: TrainConfig) -> None:
-    """Make the work folder, whole or not at all: the model to start from (if dropped here), data and a record.
-
-    Raises `RequestError` where the folder holds another run.
-    """
-    from model_hooks.files import atomic_folder
-
-    record = config.work / RECORD
-    if config.work.exists() and not record.is_file():
-        raise RequestError(
-            f"{config.work} is in the way: the run keeps its checkpoints there; move it or rename --output"
-        )
-    if record.is_file() and config.resume:
-        then, now = json.loads(record.read_text())["settings"], config.settings()
-        changed = [k for k in now if now[k] != then.get(k)]
-        if changed:
-            k = changed[0]
-            raise RequestError(
-                f"{config.work} holds an unfinished run with {k} {then.get(k)!r}, now {now[k]!r}; give the same "
-                "settings to go on, or --no-resume to begin again"
-            )
-        return
-    with atomic_folder(config.work, overwrite=True) as part:
-        found = _prepare(config, part)
-        (part / RECORD).write_text(json.dumps({"settings": config.settings(), **found}, indent=1) + "\n")
-
-
-def _prepare(config: TrainConfig, part: Path) -> dict[str, Any]:
+def make_start(config: TrainConfig, part: Path) -> dict[str, Any]:
+    """Write the model to start from (if it is dropped here) and the data to `part`; returns what the run must know."""
     from safetensors.torch import save_file
 
     from llm_drop.plan import Plan
@@ -138,9 +103,7 @@ def _sequences(config: TrainConfig, model: Any, tokenizer: Any) -> dict[str, Ten
     """Token ids "train" [n, length] and "heldout" [m, length]."""
     from model_hooks.text import load_sequences
 
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
-    if config.length > context:
-        raise RequestError(f"length {config.length} is more than the model's context of {context} tokens")
+    refuse_longer_than_context(config, model)
     if config.heldout:
         heldout = load_sequences(tokenizer, config.heldout, samples=config.heldout_samples, length=config.length)
         return {
@@ -149,9 +112,5 @@ def _sequences(config: TrainConfig, model: Any, tokenizer: Any) -> dict[str, Ten
         }
     wanted = config.samples + config.heldout_samples
     ids = load_sequences(tokenizer, config.data, samples=wanted, length=config.length)
-    if len(ids) <= config.heldout_samples:
-        raise RequestError(
-            f"{config.data} gives {len(ids)} sequences of {config.length} tokens, and {config.heldout_samples} are to "
-            "be held out; give more text, a smaller --length or --heldout-samples, or --heldout with other text"
-        )
-    return {"train": ids[: -config.heldout_samples].clone(), "heldout": ids[-config.heldout_samples :].clone()}
+    train, heldout = split(config, ids, "sequences")
+    return {"train": train.clone(), "heldout": heldout.clone()}

@@ -11,31 +11,28 @@ command is given again. With several machines, the output lies on a disk that al
 
 from __future__ import annotations
 
-import json
-import math
-import os
 import shutil
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_drop.prepare import LOG, RECORD, START, TRAINED, on_cpu, prepare
+from llm_drop.prepare import START, TRAINED, make_start
 from model_hooks import RequestError
 from paper_tables.errors import nearest
-from paper_tables.launch import deepspeed_file, is_main_process, run_module
+from paper_tables.launch import deepspeed_file, is_main_process, on_cpu, run_module
 from paper_tables.options import command_of
+from paper_tables.training import LOG, Run, prepare
 
 if TYPE_CHECKING:
     from model_hooks import Card
 
 METHODS = {"lora": 2e-4, "full": 1e-5}  # with their usual learning rates
-COUNTS = ("rank", "alpha", "samples", "heldout_samples", "batch_size", "accumulation", "save_every", "log_every")
-FREE = ("overwrite", "resume", "output", "log_every", "save_every")  # may change when a run goes on
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Run):
     """What to heal, with what, and how.
 
     Args:
@@ -53,29 +50,16 @@ class TrainConfig:
         length: Tokens of each; at most the model's context.
         heldout: Text to measure the loss on; empty: sequences of the data that are kept out of training.
         heldout_samples: Sequences of it.
-        epochs: Times that the data is seen.
-        max_steps: Optimizer steps; 0: as the epochs say.
         learning_rate: Peak, after which it falls as a cosine; 0: 2e-4 for lora, 1e-5 for full.
-        warmup: Share of the steps in which the learning rate rises.
-        weight_decay: Of AdamW.
         batch_size: Sequences a process takes at once.
-        accumulation: Batches whose gradients make one step.
-        gradient_checkpointing: Compute activations again in the backward pass: less memory, a third more time.
-        bf16: Compute in bfloat16.
         deepspeed: zero2, zero3, zero3-offload, or a DeepSpeed file of your own; empty: none.
         fsdp: Cut the model over the processes by PyTorch's FSDP2.
-        save_every: Steps between checkpoints.
-        log_every: Steps between lines of training_log.jsonl.
         seed: Of the adapters and the order of the data.
-        resume: Go on from the last checkpoint of a run that was stopped; --no-resume begins again.
-        overwrite: Replace what is at the output.
 
     Raises:
         RequestError: a value is not accepted.
     """
 
-    model: str
-    output: Path
     plan: Path | None = None
     method: str = "lora"
     rank: int = 16
@@ -88,60 +72,30 @@ class TrainConfig:
     length: int = 1024
     heldout: str = ""
     heldout_samples: int = 32
-    epochs: float = 1.0
-    max_steps: int = 0
-    learning_rate: float = 0.0
-    warmup: float = 0.03
-    weight_decay: float = 0.0
-    batch_size: int = 1
     accumulation: int = 16
-    gradient_checkpointing: bool = False
-    bf16: bool = False
-    deepspeed: str = ""
     fsdp: bool = False
-    save_every: int = 100
-    log_every: int = 10
-    seed: int = 0
-    resume: bool = True
-    overwrite: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise RequestError(f"method {self.method!r} is not accepted{nearest(self.method, METHODS)}")
-        for name in COUNTS:
-            self._at_least(name, 1)
-        self._at_least("length", 2)
-        for name in ("max_steps", "learning_rate", "weight_decay", "warmup"):
-            self._at_least(name, 0)
-        if not 0 < self.epochs < math.inf:
-            raise RequestError(f"epochs is {self.epochs}; a number above 0 is needed")
-        if not (self.distill <= 1 and self.warmup < 1):
-            raise RequestError(f"distill is {self.distill} and warmup {self.warmup}; both are shares of 1")
-        self._at_least("distill", 0)
-        if not self.model or str(self.output) in ("", "."):
-            raise RequestError("model and output must be given: what to heal, and the folder for the result")
+        super().__post_init__()
+        self.at_least(1, "rank", "alpha", "samples", "heldout_samples")
+        self.at_least(2, "length")
+        self.at_least(0, "distill")
+        if self.distill > 1:
+            raise RequestError(f"distill is {self.distill}; it is a share of 1")
         if self.distill and not (self.parent or self.plan):
             raise RequestError("distill needs the undropped model: give --parent, or drop with --plan in the same run")
         if self.keep_adapter and (self.method != "lora" or self.plan):
             raise RequestError("keep_adapter needs --method lora and a --model that is dropped already (llm-drop drop)")
         if self.deepspeed and self.fsdp:
             raise RequestError("deepspeed and fsdp both cut the model; give one of them")
-        if (self.deepspeed or self.fsdp) and "RANK" not in os.environ:
-            raise RequestError("deepspeed and fsdp need a launcher: torchrun --nproc-per-node N -m llm_drop.train ...")
+        if self.fsdp:
+            self.needs_launcher("fsdp")
         if self.fsdp and on_cpu():
             raise RequestError(
                 "fsdp: accelerate cuts models over GPUs only, and there is none; --deepspeed zero3 can on CPU"
             )
-
-    def _at_least(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        if not least <= value < math.inf:
-            raise RequestError(f"{name} is {value}; at least {least} is needed")
-
-    @property
-    def work(self) -> Path:
-        """Where the run keeps its data, checkpoints and log until it is done."""
-        return self.output.with_name(f"{self.output.name}.training")
 
     @property
     def rate(self) -> float:
@@ -152,11 +106,6 @@ class TrainConfig:
     def undropped(self) -> str:
         """The parent to distill from; empty without distillation."""
         return (self.parent or self.model) if self.distill else ""
-
-    def settings(self) -> dict[str, Any]:
-        """What decides the result: a run goes on only with the same."""
-        values = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items() if k not in FREE}
-        return values | {"processes": int(os.environ.get("WORLD_SIZE", "1"))}
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -180,14 +129,14 @@ def train(config: TrainConfig) -> dict[str, Any]:
     refuse_overlap(config.output, config.model)
     deepspeed = deepspeed_file(__file__, config.deepspeed)
     if is_main_process():
-        prepare(config)
+        prepare(config, partial(make_start, config))
     from accelerate import PartialState
 
     from llm_drop import healing
 
     arguments = healing.arguments(config, deepspeed)  # joins the other processes
     PartialState().wait_for_everyone()
-    prepared = json.loads((config.work / RECORD).read_text())
+    prepared = config.record()
     result = healing.heal(config, prepared, arguments)
     if is_main_process():
         _finish(config, prepared, result)

@@ -35,6 +35,13 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def on_cpu() -> bool:
+    """Whether torch has nothing to run on but the CPU."""
+    import torch
+
+    return not torch.accelerator.is_available()
+
+
 def deepspeed_file(module_file: str, given: str) -> str | None:
     """The DeepSpeed configuration `given`: one that ships in configs/deepspeed/ beside the package's tables/, by its
     name, or the user's file. None for an empty name. Raises `TableError`."""

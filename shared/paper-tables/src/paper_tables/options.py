@@ -14,9 +14,9 @@ from .launch import is_main_process
 def command_of(config: type, run: Callable[[Any], dict[str, Any]], help: str) -> Callable[..., dict[str, Any]]:
     """A function for `App.command` that makes a `config` of its options and returns `run(config)`.
 
-    Each field is an option, `output` also as -o, booleans that are true by default with their --no- form; a line
-    `    name: text` of the class's docstring is its help. Under a launcher only rank 0 returns the result: it is
-    printed once.
+    Each field is an option, `output` also as -o, booleans that are true by default with their --no- form; the class's
+    own come before inherited ones. A line `    name: text` of a class's docstring is an option's help. Under a launcher
+    only rank 0 returns the result: it is printed once.
     """
     import typer
 
@@ -34,10 +34,13 @@ def command_of(config: type, run: Callable[[Any], dict[str, Any]], help: str) ->
 def _signature(config: type) -> inspect.Signature:
     import typer
 
-    manual = dict(re.findall(r"^    (\w+): (.*)$", inspect.getdoc(config) or "", re.MULTILINE))
+    manual: dict[str, str] = {}
+    for part in reversed(config.__mro__):
+        manual |= re.findall(r"^    (\w+): (.*)$", inspect.cleandoc(part.__doc__ or ""), re.MULTILINE)
     hints = get_type_hints(config)
+    inherited = {name for part in config.__mro__[1:] for name in inspect.get_annotations(part)}
     parameters = []
-    for f in fields(config):
+    for f in sorted(fields(config), key=lambda f: (f.default is not MISSING, f.name in inherited)):
         spelled = [f"--{f.name.replace('_', '-')}"]
         if f.name == "output":
             spelled.append("-o")
