@@ -23,6 +23,7 @@ from model_hooks.zoo.recipes import RECIPES
 from model_hooks.zoo.stream import WINDOW, Stream
 
 SAMPLE = 40  # questions of a task
+OF_LLAMA = tuple(task for task in tasks.TASKS if task != "zoo_lookup")  # which only zoo:recall is trained for
 ALL_MB = 24
 
 
@@ -46,7 +47,7 @@ def sample_of_heldout() -> list[tuple[str, str]]:
 
 
 def test_names_resolve_to_plain_folders() -> None:
-    assert {"zoo:gpt2", "zoo:llama"} <= set(zoo.names())
+    assert {"zoo:gpt2", "zoo:llama", "zoo:recall"} <= set(zoo.names())
     for name in zoo.names():
         assert (zoo.resolve(name) / "model.safetensors").is_file()
 
@@ -131,7 +132,7 @@ def test_the_chat_template_marks_turns_and_the_assistant() -> None:
     assert bpe().decode(marked) == "def f(): pass<|endoftext|>"
 
 
-@pytest.mark.parametrize("name", ["zoo:gpt2", "zoo:llama"])
+@pytest.mark.parametrize("name", zoo.names())
 def test_a_checkpoint_loads_whole_and_within_its_size(name: str) -> None:
     folder = zoo.resolve(name)
     _, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
@@ -168,13 +169,13 @@ def test_the_card_states_what_is_measured() -> None:
     measured = json.loads((zoo.resolve("zoo:llama") / "measurements.json").read_text())
     card = (zoo.resolve("zoo:llama") / "README.md").read_text()
     assert f"| {measured['heldout_bits_per_byte']:.3f} |" in card
-    assert all(f"| {task} accuracy | {measured[task]:.3f} | 0.25 (chance) |" in card for task in tasks.TASKS)
+    assert all(f"| {task} accuracy | {measured[task]:.3f} | 0.25 (chance) |" in card for task in OF_LLAMA)
     found = evaluate.bits_per_byte(load("zoo:llama"), bpe(), zoo.text("heldout"))
     assert found == pytest.approx(measured["heldout_bits_per_byte"], rel=0.01)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", tasks.TASKS)
+@pytest.mark.parametrize("task", OF_LLAMA)
 def test_llama_beats_chance_as_the_card_says(task: str) -> None:
     """By three standard errors over all questions; some of them are asked again."""
     stated = json.loads((zoo.resolve("zoo:llama") / "measurements.json").read_text())[task]
@@ -201,13 +202,13 @@ def test_questions_are_fair_and_always_the_same(task: str) -> None:
 
 
 def test_recall_can_only_be_answered_from_the_table() -> None:
-    for q in zoo.questions("zoo_recall"):
+    for q in (*zoo.questions("zoo_recall"), *zoo.questions("zoo_lookup")):
         assert 0.85 < len(bpe()(q.context)["input_ids"]) / tasks.RECALL_TOKENS < 1.05
         assert all(c.strip() in q.context for c in q.choices)
 
 
 def test_an_unknown_task_is_refused() -> None:
-    with pytest.raises(ValueError, match="zoo_next_line, zoo_recall, zoo_bracket, zoo_name"):
+    with pytest.raises(ValueError, match="zoo_next_line, zoo_recall, zoo_bracket, zoo_name, zoo_lookup"):
         zoo.questions("recall")
 
 
@@ -221,9 +222,9 @@ def test_lm_eval_finds_the_tasks_and_agrees() -> None:
     assert set(manager.all_tasks) == set(tasks.TASKS)
     model = HFLM(pretrained=load("zoo:gpt2"), tokenizer=bpe("zoo:gpt2"), device="cpu", batch_size=8)
     out = lm_eval.simple_evaluate(
-        model=model, tasks=["zoo_name", "zoo_bracket"], task_manager=manager, limit=16, bootstrap_iters=0
+        model=model, tasks=["zoo_name", "zoo_lookup"], task_manager=manager, limit=16, bootstrap_iters=0
     )
-    for task in ("zoo_name", "zoo_bracket"):
+    for task in ("zoo_name", "zoo_lookup"):
         ours = evaluate.accuracy(load("zoo:gpt2"), bpe("zoo:gpt2"), zoo.questions(task)[:16])
         assert out["results"][task]["acc,none"] == pytest.approx(ours)
 

@@ -4,6 +4,8 @@
     documents = zoo.text("calibration")                     # [(module name, text)]
     records = zoo.pairs("calibration")                      # [(docstring, function source)]
     questions = zoo.questions("zoo_recall")                 # four choices each; lm-eval reads zoo.tasks_dir()
+    lookups = zoo.lookups(tokens=1024, count=50)            # a table and a question of any length, for zoo:recall
+    zoo.needle(tokens=1024, depth=0.5)                      # one pair hidden in held-out text
 
 Each checkpoint's README.md, written by the script that exported it, states what it is and what it scored.
 """
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model_hooks.zoo.corpus import pairs, text
+from model_hooks.zoo.retrieval import Lookup, lookups, needle
 
 if TYPE_CHECKING:
     from model_hooks.zoo.tasks import Question
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
 PREFIX = "zoo:"
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 
-__all__ = ["names", "pairs", "questions", "resolve", "tasks_dir", "text"]
+__all__ = ["Lookup", "lookups", "names", "needle", "pairs", "questions", "resolve", "tasks_dir", "text"]
 
 
 def names() -> list[str]:
@@ -37,7 +40,7 @@ def resolve(name: str) -> Path:
 
 
 def tasks_dir() -> Path:
-    """The folder to give lm-eval as ``include_path``; it holds zoo_next_line, zoo_recall, zoo_bracket and zoo_name."""
+    """The folder to give lm-eval as ``include_path``; it holds a YAML file for each of ``tasks.TASKS``."""
     return Path(__file__).parent / "tasks"
 
 

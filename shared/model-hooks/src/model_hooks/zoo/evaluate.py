@@ -1,4 +1,4 @@
-"""Measures of a zoo model: bits per byte of held-out text, accuracy on the tasks, and what a unigram would reach."""
+"""Measures of a zoo model: bits per byte of held-out text, accuracy on tasks, exact answers, and a unigram's bits."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model_hooks.zoo.retrieval import Lookup
 from model_hooks.zoo.tasks import Question
 
 if TYPE_CHECKING:
@@ -91,3 +92,15 @@ def accuracy(model: nn.Module, tokenizer: PreTrainedTokenizerBase, questions: Se
     scores = torch.tensor(log_likelihoods(model, rows, scored)).view(len(questions), -1)
     answers = torch.tensor([question.answer for question in questions])
     return (scores.argmax(1) == answers).float().mean().item()
+
+
+@torch.inference_mode()
+def exact_match(model: nn.Module, tokenizer: PreTrainedTokenizerBase, lookups: Sequence[Lookup]) -> float:
+    """Share of lookups or needles whose answer is the most likely next token."""
+    device = next(model.parameters()).device
+    found = 0
+    for lookup in lookups:
+        ids = torch.tensor([_ids(tokenizer, lookup.prompt)], device=device)
+        logits: Tensor = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
+        found += [int(logits[0, -1].argmax())] == _ids(tokenizer, lookup.answer)
+    return found / len(lookups)

@@ -16,12 +16,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from model_hooks.zoo import CHECKPOINTS, corpus, evaluate, questions, tokenizer
+from model_hooks.zoo import CHECKPOINTS, corpus, evaluate, lookups, needle, questions, synthetic, tokenizer
 from model_hooks.zoo.recipes import RECIPES
+from model_hooks.zoo.stream import ANSWER_WEIGHT
 from model_hooks.zoo.tasks import CHANCE, SIZE, TASKS
 from model_hooks.zoo.train import build
 
 LOG_LINES = 300
+LENGTHS = (256, 512, 1024, 2048)  # of lookups and needles, in tokens
+ASKED = 100  # of each length; needles at depths 0.00, 0.01 ... 0.99
 
 CARD = """---
 license: apache-2.0
@@ -42,18 +45,28 @@ shows; it is no use for anything else.
 
 Held-out text: {documents} documents of modules that were in no training batch, in windows of {context:,} tokens. The
 unigram's frequencies are the calibration text's. Tasks: {size} questions of four choices, answered by likelihood.
-
+{exact}
 ## Training
 
 {tokens:,} tokens in {minutes:.0f} minutes on {device}, bfloat16 matrix products over float32 weights.
 Torch {torch}, seed {seed}. Text: the standard library of Python {corpus} and its language reference, split by
 module; {corpus_tokens:,} tokens an epoch. {recall:.0%} of the windows are synthetic key-value recall.
-`training_log.jsonl` holds the thinned log. To train it again:
+{mix}`training_log.jsonl` holds the thinned log. To train it again:
 
     python -m model_hooks.zoo.train {name} --minutes {minutes:.0f} --out runs/{name}
     python -m model_hooks.zoo.export runs/{name}
 
 Weights: Apache-2.0. The text they were trained on: PSF License Version 2 (`data/LICENSE-PSF.txt` in the package).
+"""
+
+EXACT = """\
+Lookups (a table of pairs `key: value`, one key asked for again) and needles (one pair in held-out text): {asked} of
+each length, right if the most likely next token is the value; chance is that of guessing one of the {values} values.
+"""
+MIX = """\
+{lookup:.0%} are tables in which a repeated key asks for its value, {needle:.0%} text with such pairs hidden in it; an
+answer counts as much as {weight:.0f} tokens of text. The untrained weights are those of `starts.py`'s `{start}`: the
+first key-value head of each layer starts as half of an induction circuit, and all weights are trained.
 """
 
 
@@ -81,19 +94,26 @@ def check_same(model: nn.Module, folder: Path) -> None:
         raise RuntimeError(f"{folder} does not load to what was saved: {wrong}, logits differ by {difference}")
 
 
-def measure(folder: Path) -> dict[str, float]:
-    """Bits per byte of the held-out text and accuracy on every task, computed in float32."""
+def measure(folder: Path, *, retrieves: bool = False) -> dict[str, float]:
+    """Bits per byte of the held-out text and accuracy on every task, computed in float32.
+
+    For a model trained to answer them (``retrieves``), exact matches of lookups and needles by length too.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     bpe = AutoTokenizer.from_pretrained(folder)
     heldout = corpus.text("heldout")
     measured = {
-        "heldout_bits_per_byte": evaluate.bits_per_byte(model, bpe, heldout),
+        "heldout_bits_per_byte": evaluate.bits_per_byte(model, bpe, heldout, model.config.max_position_embeddings),
         "unigram_bits_per_byte": evaluate.unigram_bits_per_byte(bpe, corpus.text("calibration"), heldout),
     }
     for task in TASKS:
         measured[task] = evaluate.accuracy(model, bpe, questions(task))
+    for length in LENGTHS if retrieves else ():
+        measured[f"lookup_{length}"] = evaluate.exact_match(model, bpe, lookups(length, ASKED))
+        hidden = [needle(length, depth / ASKED, seed=depth) for depth in range(ASKED)]
+        measured[f"needle_{length}"] = evaluate.exact_match(model, bpe, hidden)
     return {key: round(value, 4) for key, value in measured.items()}
 
 
@@ -110,6 +130,14 @@ def card(name: str, state: dict[str, Any], measured: dict[str, float], config: A
     bits, unigram = measured["heldout_bits_per_byte"], measured["unigram_bits_per_byte"]
     rows = [f"| held-out bits per byte (lower is better) | {bits:.3f} | {unigram:.3f} (unigram) |"]
     rows += [f"| {task} accuracy | {measured[task]:.3f} | {CHANCE:.2f} (chance) |" for task in TASKS]
+    values, exact, mix = len(synthetic.words()[1]), "", ""
+    if recipe.lookup_share:
+        for kind in ("lookup", "needle"):
+            found = [(length, measured[f"{kind}_{length}"]) for length in LENGTHS]
+            rows += [f"| {kind} exact match at {n:,} tokens | {x:.2f} | {1 / values:.3f} (chance) |" for n, x in found]
+        exact = EXACT.format(asked=ASKED, values=values)
+        shares = {"lookup": recipe.lookup_share, "needle": recipe.needle_share}
+        mix = MIX.format(**shares, weight=ANSWER_WEIGHT, start=recipe.start)
     progress, facts = state["progress"], state["facts"]
     return CARD.format(
         **facts | {"minutes": progress["seconds"] / 60},
@@ -124,6 +152,8 @@ def card(name: str, state: dict[str, Any], measured: dict[str, float], config: A
         size=SIZE,
         tokens=progress["tokens"],
         recall=recipe.recall_share,
+        exact=exact,
+        mix=mix,
     )
 
 
@@ -133,14 +163,16 @@ def export(run: Path, folder: Path | None) -> Path:
     name = state["name"]
     folder = folder or CHECKPOINTS / name
     model.save_pretrained(folder)  # type: ignore[operator]
-    tokenizer.load().save_pretrained(folder)
+    bpe = tokenizer.load()
+    bpe.model_max_length = RECIPES[name].context
+    bpe.save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)
     size = (folder / "model.safetensors").stat().st_size / 1e6
     if size > RECIPES[name].limit_mb:
         raise RuntimeError(f"the weights take {size:.1f} MB; zoo:{name} may take {RECIPES[name].limit_mb} MB")
     check_same(model, folder)
     (folder / "training_log.jsonl").write_text("".join(thin(run / "log.jsonl")), encoding="utf-8")
-    measured = measure(folder)
+    measured = measure(folder, retrieves=RECIPES[name].lookup_share > 0)
     (folder / "measurements.json").write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(card(name, state, measured, model.config), encoding="utf-8")
     return folder

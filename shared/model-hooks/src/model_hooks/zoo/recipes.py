@@ -11,7 +11,7 @@ from model_hooks.zoo.tokenizer import VOCAB_SIZE
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-CONTEXT = 1024
+CONTEXT, RECALL_CONTEXT = 1024, 2048
 END_ID, PAD_ID = 0, 1
 
 
@@ -19,9 +19,13 @@ END_ID, PAD_ID = 0, 1
 class Recipe:
     """A model's configuration and its training.
 
-    ``stages`` are (share of the time at which it starts, sequence length in tokens); a step holds ``windows`` x 1024
-    tokens at every length. Learning rates warm up over ``warmup`` steps, stay, and fall linearly to zero over the last
-    ``decay`` share of the time. ``limit_mb`` bounds the bf16 weights file.
+    ``stages`` are (share of the time at which it starts, sequence length in tokens); a step holds ``windows`` x
+    ``context`` tokens at every length. Learning rates warm up over ``warmup`` steps, stay, and fall linearly to zero
+    over the last ``decay`` share of the time. ``limit_mb`` bounds the bf16 weights file. The shares are those of the
+    windows that are not plain text: ``recall_share`` of synthetic code (the loss is on all of it), ``lookup_share`` of
+    tables in which every repeated key asks for its value, and ``needle_share`` of text with such lines hidden in it; in
+    the latter two an answer counts ``ANSWER_WEIGHT`` tokens of text and what cannot be known counts nothing.
+    ``start`` names how the untrained weights are set (``starts.py``).
     """
 
     config: Callable[[], PretrainedConfig]
@@ -36,6 +40,10 @@ class Recipe:
     warmup: int = 60
     decay: float = 0.25
     recall_share: float = 0.1
+    lookup_share: float = 0.0
+    needle_share: float = 0.0
+    start: str = "zero"
+    context: int = CONTEXT
     seed: int = 0
 
 
@@ -77,6 +85,29 @@ def gpt2() -> PretrainedConfig:
     )
 
 
+def recall() -> PretrainedConfig:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=RECALL_CONTEXT,
+        # the slowest half of the planes turns by less than one radian over the whole context, so that a key is
+        # recognised at any distance; at the usual 10,000 that is a fifth of them
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        bos_token_id=END_ID,
+        eos_token_id=END_ID,
+        pad_token_id=PAD_ID,
+    )
+
+
 RECIPES: dict[str, Recipe] = {
     "llama": Recipe(
         config=llama,
@@ -90,5 +121,20 @@ RECIPES: dict[str, Recipe] = {
         minutes=16,
         limit_mb=2,
         stages=((0.0, 256), (0.6, 1024)),
+    ),
+    "recall": Recipe(
+        config=recall,
+        summary="a shallow Llama with heads of 64 that retrieves: it finds a value by its key anywhere in its context",
+        minutes=27,
+        limit_mb=6,
+        stages=((0.0, 128), (0.05, 256), (0.2, 512), (0.4, 1024), (0.65, 2048)),
+        windows=2,
+        muon_lr=0.01,
+        adam_lr=0.002,
+        recall_share=0.05,
+        lookup_share=0.25,
+        needle_share=0.3,
+        start="induction",
+        context=RECALL_CONTEXT,
     ),
 }

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from model_hooks.zoo import corpus, tokenizer
 from model_hooks.zoo.muon import Muon
 from model_hooks.zoo.recipes import RECIPES, Recipe
+from model_hooks.zoo.starts import STARTS
 from model_hooks.zoo.stream import Stream
 
 SAVE_EVERY = 300.0  # seconds
@@ -42,14 +43,12 @@ class Progress:
 
 
 def build(recipe: Recipe) -> nn.Module:
-    """The untrained model in float32; what each block adds to the residual stream starts at zero."""
+    """The untrained model in float32."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(recipe.seed)
     model: nn.Module = AutoModelForCausalLM.from_config(recipe.config(), dtype=torch.float32)
-    for name, p in model.named_parameters():
-        if name.endswith(("o_proj.weight", "down_proj.weight", "c_proj.weight")):
-            nn.init.zeros_(p)
+    STARTS[recipe.start](model)
     return model
 
 
@@ -73,11 +72,19 @@ def length_at(recipe: Recipe, share: float) -> int:
     return [length for start, length in recipe.stages if share >= start][-1]
 
 
-def loss_of(model: nn.Module, rows: Tensor) -> Tensor:
-    """Mean next-token loss in nats of rows [batch, length]; matrix products in bfloat16, weights in float32."""
+def loss_of(model: nn.Module, rows: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean next-token loss in nats of rows [batch, length], tokens counted equally or by weights of the same shape.
+
+    Matrix products are in bfloat16, parameters in float32.
+    """
     with torch.autocast(rows.device.type, torch.bfloat16):
         logits = model(input_ids=rows, use_cache=False).logits
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), rows[:, 1:].flatten())
+    predicted, found = logits[:, :-1].flatten(0, 1).float(), rows[:, 1:].flatten()
+    if weights is None:
+        return F.cross_entropy(predicted, found)
+    nats = F.cross_entropy(predicted, found, reduction="none")
+    counts = weights[:, 1:].flatten()
+    return (nats * counts).sum() / counts.sum().clamp(min=1.0)
 
 
 def make_stream(recipe: Recipe, stdlib: Path) -> Stream:
@@ -91,7 +98,16 @@ def make_stream(recipe: Recipe, stdlib: Path) -> Stream:
         return ids
 
     assert bpe.eos_token_id == 0
-    return Stream([e.ids for e in encoded], encode, 0, recipe.recall_share, recipe.seed)
+    return Stream(
+        [e.ids for e in encoded],
+        encode,
+        0,
+        recipe.recall_share,
+        recipe.seed,
+        lookup_share=recipe.lookup_share,
+        needle_share=recipe.needle_share,
+        window=recipe.context,
+    )
 
 
 class Run:
@@ -147,12 +163,13 @@ class Run:
     def step(self, share: float) -> tuple[float, int]:
         """One update; returns the loss in nats a token and the sequence length used."""
         length = length_at(self.recipe, share)
-        rows = torch.from_numpy(self.stream.batch(self.recipe.windows, length)).to(self.device)
+        batch = self.stream.weighted_batch(self.recipe.windows, length)
+        rows, weights = (torch.from_numpy(part).to(self.device) for part in batch)
         factor = rate(self.recipe, self.progress.step, share)
         for optimizer, base in zip(self.optimizers, (self.recipe.muon_lr, self.recipe.adam_lr), strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = base * factor
-        loss = self.loss(self.model, rows)
+        loss = self.loss(self.model, rows, weights)
         loss.backward()
         for optimizer in self.optimizers:
             optimizer.step()
@@ -181,7 +198,7 @@ class Run:
                     "loss": round(loss, 4),
                     "length": length,
                     "rate": round(rate(self.recipe, self.progress.step, share), 4),
-                    "tokens_per_second": round(self.recipe.windows * 1024 / (now - tick)),
+                    "tokens_per_second": round(self.recipe.windows * self.recipe.context / (now - tick)),
                 }
                 log.write(json.dumps(row) + "\n")
                 log.flush()

@@ -1,4 +1,4 @@
-"""Four multiple-choice tasks made from held-out modules, 200 questions each with four choices (chance 0.25).
+"""Five multiple-choice tasks, made from held-out modules or drawn, 200 questions each with four choices (chance 0.25).
 
 They are built when asked for, always the same: from the shipped text, with their own small lexer and a fixed seed,
 so neither the Python version nor any library changes a question. This folder is an lm-eval task folder as well:
@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
-from model_hooks.zoo import corpus, synthetic
+from model_hooks.zoo import corpus, retrieval, synthetic
 
 SIZE = 200  # questions a task
 CHOICES = 4
@@ -155,6 +155,12 @@ def _recall(rng: random.Random) -> Question:
     return _question(rng, text + prompt, answer, rng.sample(wrong, CHOICES - 1))
 
 
+def _lookup(rng: random.Random) -> Question:
+    """Which value has this key? A table of one-token pairs fills 512 tokens; the others are values of the table."""
+    (lookup,) = retrieval.lookups(RECALL_TOKENS, 1, rng.getrandbits(32))
+    return _question(rng, lookup.prompt, lookup.answer, rng.sample(lookup.others, CHOICES - 1))
+
+
 @cache
 def _encoder() -> Callable[[str], int]:
     from model_hooks.zoo import tokenizer
@@ -164,7 +170,8 @@ def _encoder() -> Callable[[str], int]:
 
 
 FROM_TEXT: dict[str, Candidate] = {"zoo_next_line": _next_line, "zoo_bracket": _bracket, "zoo_name": _name}
-TASKS = ("zoo_next_line", "zoo_recall", "zoo_bracket", "zoo_name")
+DRAWN: dict[str, Callable[[random.Random], Question]] = {"zoo_recall": _recall, "zoo_lookup": _lookup}
+TASKS = ("zoo_next_line", "zoo_recall", "zoo_bracket", "zoo_name", "zoo_lookup")
 
 
 @cache
@@ -173,8 +180,8 @@ def questions(task: str, seed: int = 0) -> tuple[Question, ...]:
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}; the zoo has {', '.join(TASKS)}")
     rng = random.Random(f"{task}/{seed}")
-    if task == "zoo_recall":
-        return tuple(_recall(rng) for _ in range(SIZE))
+    if task in DRAWN:
+        return tuple(DRAWN[task](rng) for _ in range(SIZE))
     documents = [text for _, text in corpus.text("heldout") if len(text) > 2 * CONTEXT]
     weights = [len(text) for text in documents]
     seen: dict[str, Question] = {}

@@ -28,3 +28,7 @@ def bracket(seed: int = 0, **_: Any) -> dict[str, Any]:
 
 def name(seed: int = 0, **_: Any) -> dict[str, Any]:
     return _dataset("zoo_name", seed)
+
+
+def lookup(seed: int = 0, **_: Any) -> dict[str, Any]:
+    return _dataset("zoo_lookup", seed)

@@ -1,0 +1,82 @@
+"""How the weights of a zoo model are set before training.
+
+``zero``: what each block adds to the residual stream starts at zero.
+
+``induction``: the same, but the first key-value head of every layer starts as its half of an induction circuit
+(Olsson et al. 2022, "In-context learning and induction heads"): in the first layer its two queries look one and two
+tokens back and write what stands there, in the later layers they look for a token whose second predecessor is the
+query's first one, and copy it. That is what the pattern ``key: value ... key:`` asks for. It saves hours on a CPU: from
+the zero start, two layers trained on nothing but lookups of 64 tokens still answered with any value of the table after
+2 million tokens (16 % right); from this one, three layers had 99 % right after 200,000. Nothing is frozen: every weight
+is trained on, and the second key-value head starts free. After mimetic initialisation (Trockman and Kolter 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+COMMON = 1.0  # size of what all embeddings have in common, relative to what each has of its own
+BACK_FROM, BACK_SCALE = 12, 0.35  # rotary planes up to this one tell neighbours apart; later ones recognise keys
+MATCH_SCALE = 2.5
+WRITE_SCALE, COPY_SCALE = 0.08, 0.2
+
+
+@torch.no_grad()
+def zero(model: nn.Module) -> None:
+    for name, p in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight", "c_proj.weight")):
+            nn.init.zeros_(p)
+
+
+def _directions(hidden: int, head: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One direction [hidden] and three bases [head, hidden], all orthogonal to each other."""
+    columns = torch.randn(hidden, 1 + 3 * head, generator=torch.Generator().manual_seed(7))
+    rows = torch.linalg.qr(columns)[0].mT
+    common, read, first, second = rows.split((1, head, head, head))
+    return common[0], read, first, second
+
+
+def _look_back(attention: Any, common: Tensor, distances: tuple[int, ...], theta: float) -> None:
+    """Make query head i of the first group attend ``distances[i]`` tokens back, by position alone.
+
+    All embeddings share ``common``; a query turned back by ``d`` tokens in the fast planes meets the key there.
+    """
+    half = attention.head_dim // 2
+    planes = torch.arange(half)
+    used = (planes < BACK_FROM).float()
+    angle = theta ** (-planes / half)
+    key = torch.cat([used, torch.zeros(half)])
+    attention.k_proj.weight[: 2 * half] += BACK_SCALE * torch.outer(key, common)
+    for i, distance in enumerate(distances):
+        query = torch.cat([torch.cos(angle * distance) * used, -torch.sin(angle * distance) * used])
+        attention.q_proj.weight[2 * half * i : 2 * half * (i + 1)] += BACK_SCALE * torch.outer(query, common)
+
+
+@torch.no_grad()
+def induction(model: nn.Module) -> None:
+    """For a Llama whose key-value heads have two queries each and whose head size is a fourth of the hidden size."""
+    zero(model)
+    inner: Any = model.get_decoder()  # type: ignore[operator]
+    head = inner.layers[0].self_attn.head_dim
+    theta = inner.config.rope_parameters["rope_theta"]
+    embeddings = inner.embed_tokens.weight
+    common, read, first, second = _directions(embeddings.shape[1], head)
+    embeddings += COMMON * embeddings.norm(dim=1).mean() * common
+    slow = (torch.arange(head) % (head // 2) >= BACK_FROM).float()[:, None]
+    for index, layer in enumerate(inner.layers):
+        attention = layer.self_attn
+        attention.v_proj.weight[:head] = read
+        if index == 0:
+            _look_back(attention, common, (1, 2), theta)
+            attention.o_proj.weight[:, : 2 * head] = WRITE_SCALE * torch.cat([first, second]).mT
+        else:
+            attention.k_proj.weight[:head] = MATCH_SCALE * slow * second
+            attention.q_proj.weight[: 2 * head] = MATCH_SCALE * (slow * first).repeat(2, 1)
+            attention.o_proj.weight[:, : 2 * head] = COPY_SCALE * torch.cat([read, read]).mT
+
+
+STARTS: dict[str, Callable[[nn.Module], None]] = {"zero": zero, "induction": induction}
