@@ -94,7 +94,7 @@ def half(job: list[str], monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_killed_scoring_goes_on_to_the_same_file(job: list[str], room: Path) -> None:
     said(*job, "-o", "whole.parquet")
     output, draw, kept = Path("scores.parquet"), random.Random(0), []
-    for _ in range(4):
+    for _ in range(10):
         before = journalled(output)
         process = subprocess.Popen(
             [sys.executable, "-c", SLOW, *job], cwd=room, env=environment(), stderr=subprocess.DEVNULL
@@ -102,7 +102,7 @@ def test_a_killed_scoring_goes_on_to_the_same_file(job: list[str], room: Path) -
         while journalled(output) <= before:  # past loading, at the first new batch
             assert process.poll() is None
             time.sleep(0.002)
-        time.sleep(draw.uniform(0, 0.3))
+        time.sleep(draw.uniform(0, 0.12))
         os.kill(process.pid, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
         assert not output.exists()
@@ -228,14 +228,20 @@ def test_two_processes_share_the_records_and_the_last_one_writes(job: list[str],
     assert not work_folder(Path("scores.parquet")).exists()
 
 
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+                   "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"],
+}  # fmt: skip
+
+
 @pytest.mark.slow
-def test_under_a_launcher(job: list[str], room: Path) -> None:
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_under_a_launcher(job: list[str], room: Path, launcher: str) -> None:
     job += ["--budget", "1"]  # the last one given counts
     said(*job, "-o", "whole.parquet")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = subprocess.run(
-        [*launcher, "-m", "superfiltering.cli", *job], cwd=room, env=environment(), capture_output=True, text=True
-    )
+    line = [sys.executable, "-m", *LAUNCHERS[launcher], "-m", "superfiltering.cli", *job]
+    result = subprocess.run(line, cwd=room, env=environment(), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("waiting for ranks") == 1
     assert pq.read_table("scores.parquet").equals(pq.read_table("whole.parquet"))
