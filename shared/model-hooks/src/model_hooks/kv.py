@@ -76,11 +76,20 @@ def install(decoder: Any, dropped: Iterable[int]) -> None:
 
 def supply(decoder: Any, make: Callable[[], Any]) -> Any:
     """Have `decoder` use `make()` where it would make a cache of its own; the hook's handle, to remove it."""
+    return intercept(decoder, lambda _, cache, wanted, kwargs: make() if cache is None and wanted else cache)
+
+
+def intercept(decoder: Any, choose: Callable[[Any, Any, bool, dict[str, Any]], Any]) -> Any:
+    """Have every call of `decoder` use the cache `choose(decoder, cache, wanted, kwargs)`; the hook's handle.
+
+    `cache` is the one given or None, `wanted` whether the decoder would then make its own, `kwargs` the call's other
+    arguments by name. None leaves the call without a cache argument.
+    """
 
     def before_forward(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         args, kwargs, name, cache = _arguments(decoder, args, kwargs)
-        if cache is None and _uses_cache(decoder, kwargs):
-            cache = make()
+        named = {"input_ids": args[0], **kwargs} if args else kwargs
+        cache = choose(decoder, cache, _uses_cache(decoder, kwargs), named)
         if cache is not None:
             kwargs[name] = cache
         return args, kwargs

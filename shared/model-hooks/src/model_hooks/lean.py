@@ -137,18 +137,18 @@ def lean_model_class(base: type) -> Any:
         apply_lean(self)
 
     config_class = lean_config_class(base.config_class)  # type: ignore[attr-defined]
-    _register_conversions(base.config_class.model_type)  # type: ignore[attr-defined]
+    register_conversions(base.config_class.model_type)  # type: ignore[attr-defined]
     body = {"__init__": __init__, "config_class": config_class, "__module__": base.__module__, "lean_base": base}
     return type(f"Lean{base.__name__}", (base,), body)
 
 
-def _register_conversions(model_type: str) -> None:
+def register_conversions(model_type: str, prefix: str = PREFIX) -> None:
     """Checkpoints of some types (Mixtral) are laid out otherwise than their modules: the rules go by model type."""
     from transformers import conversion_mapping as rules
 
     known = rules.get_checkpoint_conversion_mapping(model_type)
     if known is not None:
-        rules.register_checkpoint_conversion_mapping(PREFIX + model_type, known, overwrite=True)
+        rules.register_checkpoint_conversion_mapping(prefix + model_type, known, overwrite=True)
 
 
 @cache

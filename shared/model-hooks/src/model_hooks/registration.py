@@ -1,4 +1,4 @@
-"""Teach transformers the model types `lean_<base>` without importing it: importing transformers takes seconds.
+"""Teach transformers model types such as `lean_<base>` without importing it: importing transformers takes seconds.
 
 `import model_hooks` promises that the Auto classes load what this package saved. Where transformers' table of model
 types is loaded already, the types are entered at once. Where it is not, a finder on `sys.meta_path` waits for that one
@@ -8,7 +8,7 @@ module, has its own loader load it, enters the types before anyone can read the 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -18,30 +18,52 @@ PREFIX = "lean_"
 TABLE = "transformers.models.auto.configuration_auto"  # every Auto class reads its table of configurations
 
 
-class _LazyLeanConfig:
-    """What AutoConfig finds under `lean_<base>`: makes the real config class, and registers its model, when asked."""
+FAMILIES: dict[
+    str, Callable[[str], Any]
+] = {}  # prefix -> what makes the config class of `<prefix><base>` from `<base>`
+
+
+class _LazyConfig:
+    """What AutoConfig finds under `<prefix><base>`: when asked, makes the real config class and registers its model."""
 
     model_type: str
+    prefix: str
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        from .lean import make_lean_classes
+        make = FAMILIES[cls.prefix]
+        return make(cls.model_type.removeprefix(cls.prefix)).from_dict(config_dict, **kwargs)
 
-        return make_lean_classes(cls.model_type.removeprefix(PREFIX)).from_dict(config_dict, **kwargs)
+
+def _lean(base_model_type: str) -> Any:
+    from .lean import make_lean_classes
+
+    return make_lean_classes(base_model_type)
+
+
+def add_family(prefix: str, make: Callable[[str], Any]) -> None:
+    """Let the Auto classes resolve `<prefix><base>` for every base type that transformers knows.
+
+    `make(base)` gives the config class and registers its models; it is called when a checkpoint asks for the type.
+    """
+    FAMILIES[prefix] = make
+    register_when_needed()
 
 
 def register() -> None:
-    """Let the Auto classes resolve `lean_<base>` for every base type that transformers knows; nothing is built."""
+    """Enter the model types of all families; nothing is built."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
-    for base in CONFIG_MAPPING_NAMES:
-        name = PREFIX + base
-        if name not in CONFIG_MAPPING:
-            CONFIG_MAPPING.register(name, type(name, (_LazyLeanConfig,), {"model_type": name}))
+    for prefix in FAMILIES:
+        for base in CONFIG_MAPPING_NAMES:
+            name = prefix + base
+            if name not in CONFIG_MAPPING:
+                CONFIG_MAPPING.register(name, type(name, (_LazyConfig,), {"model_type": name, "prefix": prefix}))
 
 
 def register_when_needed() -> None:
     """`register()`, now if the table is loaded, otherwise right after it is."""
+    FAMILIES.setdefault(PREFIX, _lean)
     finder = _TableFinder()
     sys.meta_path.insert(0, finder)  # before the look: another thread may import transformers in between
     if TABLE in sys.modules:
@@ -64,9 +86,10 @@ class _TableFinder(MetaPathFinder):
             spec.loader = _RegisteringLoader(spec.loader, self)
         return spec
 
-    def remove(self) -> None:
-        if self in sys.meta_path:
-            sys.meta_path.remove(self)
+    @staticmethod
+    def remove() -> None:
+        """Take away every finder that waits: one import has answered them all."""
+        sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _TableFinder)]
 
 
 class _RegisteringLoader(Loader):

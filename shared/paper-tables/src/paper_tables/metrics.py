@@ -222,13 +222,15 @@ def lm_eval_tasks(
     shots: int | None = None,
     batch_size: int = 8,
     seed: int = 0,
+    wrapper: Callable[..., Any] | None = None,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Run lm-eval `tasks` on a loaded model: task -> metric -> {"value", "se"?}, metrics by lm-eval's names ("acc").
 
     `folder`: a folder of task YAML files to take the tasks from, offline (`model_hooks.zoo`'s, for example); without
-    it, they are lm-eval's own. `limit`: documents per task; `shots`: overrides the tasks' own. The members of a group
-    or tag are among the results under their own names. Standard errors are lm-eval's. Raises `TableError` for unknown
-    tasks, `MissingExtra` without lm-eval.
+    it, they are lm-eval's own. `limit`: documents per task; `shots`: overrides the tasks' own. `wrapper`: makes the
+    lm-eval model, with the arguments of HFLM, which it is without. The members of a group or tag are among the results
+    under their own names. Standard errors are lm-eval's. Raises `TableError` for unknown tasks, `MissingExtra` without
+    lm-eval.
     """
     require("lm_eval", extra="eval", package="paper-tables")
     from lm_eval import simple_evaluate
@@ -242,7 +244,8 @@ def lm_eval_tasks(
             raise TableError(f"no lm-eval task {task!r}{nearest(task, manager.all_tasks)}")
     with _quiet():
         found = simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size), tasks=list(tasks), limit=limit,
+            model=(wrapper or HFLM)(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            tasks=list(tasks), limit=limit,
             num_fewshot=shots, task_manager=manager, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed,
             fewshot_random_seed=seed, log_samples=False, bootstrap_iters=200, verbosity="ERROR",
         )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +44,12 @@ def accuracies(
     limit: int | None = None,
     shots: int | None = None,
     batch_size: int = 8,
+    wrapper: Callable[..., Any] | None = None,
 ) -> dict[str, Figure]:
     """Main figure of each lm-eval task as {"value", "se"}: accuracy, or the first metric that the task has.
 
     Tasks that begin with `zoo_` are the zoo's, built offline; `folder` holds task files of the user's own.
+    `wrapper`: as of `metrics.lm_eval_tasks`.
     """
     from model_hooks import zoo
 
@@ -59,7 +61,7 @@ def accuracies(
     for names, where in ((ours, zoo.tasks_dir()), (others, folder)):
         if names:
             found |= metrics.lm_eval_tasks(
-                model, tokenizer, names, folder=where, limit=limit, shots=shots, batch_size=batch_size
+                model, tokenizer, names, folder=where, limit=limit, shots=shots, batch_size=batch_size, wrapper=wrapper
             )
     return {task: _main_figure(task, found[task]) for task in tasks}
 
