@@ -1,0 +1,307 @@
+"""Router-Tuning: train the routers of a frozen model, and nothing else.
+
+    mod-router tune --model zoo:llama --output routers --target-capacity 0.6
+    torchrun --nproc-per-node 8 -m mod_router.tune --config tune.yaml --model BASE --output routers
+    accelerate launch -m mod_router.tune ...        deepspeed --module mod_router.tune ...
+
+The first process loads the model, finds the gates, makes the examples and writes all that into a work folder beside the
+output (`routers.tuning`); then every process loads from there. A killed run goes on from its last checkpoint when the
+same command is given again. With several machines, the output lies on a disk that all of them see.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mod_router.config import RouterConfig
+from model_hooks.errors import RequestError
+from paper_tables.errors import nearest
+from paper_tables.launch import deepspeed_file, is_main_process, run_module
+from paper_tables.options import command_of
+
+RECIPES = {"ours": 2e-2, "paper": 1e-5}  # with their learning rates
+RECORD, DATA, LOG = "prepared.json", "data.safetensors", "training_log.jsonl"
+COUNTS = ("samples", "heldout_samples", "batch_size", "accumulation", "save_every", "log_every")
+FREE = ("overwrite", "resume", "output", "log_every", "save_every")  # may change when a run goes on
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """What to put routers on, with what to train them, and how.
+
+    Args:
+        model: Hub id, checkpoint folder or zoo:NAME; it is not written to.
+        output: Folder for the routers: kilobytes, for this model.
+        recipe: ours (reach a target capacity) or paper (MindSkip as published: a linear price on open gates).
+        layers: last:N, last (half of the layers), numbers and ranges such as 3,5,8-11, or auto:N with --scores.
+        scores: With auto: a file that llm-drop score wrote.
+        unit: What a gate skips: attention, mlp or block.
+        level: sequence (one decision for a whole sequence) or token (each token its own).
+        pool: What decides: prompt_mean, masked_mean, last or ema; empty: the recipe's.
+        target_capacity: Share of (sequence, layer) pairs that run.
+        penalty: The paper's lambda, with recipe paper.
+        noise: Standard deviation of noise on router logits at the start; negative: the recipe's (1 for ours, else 0).
+        distill: Share of the loss that is KL from the ungated model; negative: the recipe's (1 for ours, 0 for paper).
+        cheap_train: Do not compute skipped rows in training: faster, and closed gates get no gradient.
+        calibrate: At the end move the threshold so that the target is met on training prompts (recipe ours).
+        data: Text (zoo:train, a file, a hub dataset) or instruction records.
+        kind: Of the data: auto, text or records.
+        template: Of the prompts of records: none, alpaca, vicuna or chat.
+        samples: Examples to train on, fewer where the data has fewer.
+        length: Most tokens of each; at most the model's context.
+        heldout: Data to measure on; empty: the first examples of the data, which are then not trained on.
+        heldout_samples: Examples of it.
+        epochs: Times that the data is seen.
+        max_steps: Optimizer steps; 0: as the epochs say.
+        learning_rate: Peak, after which it falls as a cosine; 0: the recipe's.
+        warmup: Share of the steps in which the learning rate rises.
+        weight_decay: Of AdamW.
+        batch_size: Examples a process takes at once.
+        accumulation: Batches whose gradients make one step.
+        gradient_checkpointing: Compute activations again in the backward pass: less memory, a third more time.
+        bf16: Compute in bfloat16.
+        deepspeed: zero2, zero3, or a DeepSpeed file of your own; empty: none.
+        save_every: Steps between checkpoints.
+        log_every: Steps between lines of training_log.jsonl.
+        seed: Of the cuts between prompt and rest, the order of the data and the noise.
+        resume: Go on from the last checkpoint of a run that was stopped; --no-resume begins again.
+        overwrite: Replace what is at the output.
+
+    Raises:
+        RequestError: a value is not accepted.
+    """
+
+    model: str
+    output: Path
+    recipe: str = "ours"
+    layers: str = "last"
+    scores: str = ""
+    unit: str = "attention"
+    level: str = "sequence"
+    pool: str = ""
+    target_capacity: float = 0.6
+    penalty: float = 0.0
+    noise: float = -1.0
+    distill: float = -1.0
+    cheap_train: bool = False
+    calibrate: bool = True
+    data: str = "zoo:train"
+    kind: str = "auto"
+    template: str = "none"
+    samples: int = 1000
+    length: int = 512
+    heldout: str = ""
+    heldout_samples: int = 100
+    epochs: float = 1.0
+    max_steps: int = 0
+    learning_rate: float = 0.0
+    warmup: float = 0.03
+    weight_decay: float = 0.0
+    batch_size: int = 8
+    accumulation: int = 1
+    gradient_checkpointing: bool = False
+    bf16: bool = False
+    deepspeed: str = ""
+    save_every: int = 50
+    log_every: int = 5
+    seed: int = 0
+    resume: bool = True
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.recipe not in RECIPES:
+            raise RequestError(f"recipe {self.recipe!r} is not accepted{nearest(self.recipe, RECIPES)}")
+        for name in COUNTS:
+            self._at_least(name, 1)
+        self._at_least("length", 2)
+        for name in ("max_steps", "learning_rate", "weight_decay", "warmup"):
+            self._at_least(name, 0)
+        if not 0 < self.epochs < math.inf:
+            raise RequestError(f"epochs is {self.epochs}; a number above 0 is needed")
+        if self.warmup >= 1:
+            raise RequestError(f"warmup is {self.warmup}; a share of the steps below 1 is needed")
+        if not self.model or str(self.output) in ("", "."):
+            raise RequestError("model and output must be given: what to put routers on, and the folder for them")
+        if self.deepspeed and "RANK" not in os.environ:
+            raise RequestError("deepspeed needs a launcher: torchrun --nproc-per-node N -m mod_router.tune ...")
+        _ = self.routing  # checked now, not when the model is loaded
+
+    def _at_least(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if not least <= value < math.inf:
+            raise RequestError(f"{name} is {value}; at least {least} is needed")
+
+    @cached_property
+    def routing(self) -> RouterConfig:
+        """What is gated and what it is trained for."""
+        paper = self.recipe == "paper"
+        return RouterConfig(
+            layers=self.layers, scores=self.scores, unit=self.unit, level=self.level,  # type: ignore[arg-type]
+            pool=self.pool or ("masked_mean" if paper else "prompt_mean"),  # type: ignore[arg-type]
+            objective="paper" if paper else "capacity", target_capacity=self.target_capacity, penalty=self.penalty,
+            cheap_train=self.cheap_train or paper,
+            noise=self.noise if self.noise >= 0 else 0.0 if paper else 1.0,
+            distill=self.distill if self.distill >= 0 else 0.0 if paper else 1.0,
+        )  # fmt: skip
+
+    @property
+    def work(self) -> Path:
+        """Where the run keeps its data, checkpoints and log until it is done."""
+        return self.output.with_name(f"{self.output.name}.tuning")
+
+    @property
+    def rate(self) -> float:
+        """The learning rate's peak."""
+        return self.learning_rate or RECIPES[self.recipe]
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the result: a run goes on only with the same."""
+        values = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items() if k not in FREE}
+        return values | {"processes": int(os.environ.get("WORLD_SIZE", "1"))}
+
+
+def tune(config: TuneConfig) -> dict[str, Any]:
+    """Train routers as `config` says and write them; call it in every process of a launcher.
+
+    Returns:
+        output, steps, trainable (parameters trained), tau, capacity and usage on held-out data, loss and base_loss
+        (held-out, nats a token after the prompt, routed and ungated), cost (their difference) with its standard error,
+        kl, seconds.
+
+    Raises:
+        RequestError: the request cannot be met; nothing is written.
+        WorkFailed: the loss is no number any more; the checkpoints are kept, the output is not written.
+    """
+    from model_hooks.files import refuse_existing, refuse_overlap
+    from paper_tables.frame import require
+
+    for module in ("accelerate", "datasets", *(["deepspeed"] if config.deepspeed else [])):
+        require(module, extra="train", package="mod-router")
+    refuse_existing(config.output, config.overwrite)
+    refuse_overlap(config.output, config.model)
+    deepspeed = deepspeed_file(__file__, config.deepspeed)
+    if is_main_process():
+        prepare(config)
+    from accelerate import PartialState
+
+    from mod_router import tuning
+
+    arguments = tuning.arguments(config, deepspeed)  # joins the other processes
+    PartialState().wait_for_everyone()
+    prepared = json.loads((config.work / RECORD).read_text())
+    result, weights = tuning.fit(config, prepared, arguments)
+    if is_main_process():
+        _finish(config, prepared, result, weights)
+    PartialState().wait_for_everyone()
+    return result
+
+
+def prepare(config: TuneConfig) -> None:
+    """Make the work folder, whole or not at all: where the gates are, the examples and a record of the settings.
+
+    Raises `RequestError` where the folder holds another run.
+    """
+    from model_hooks.files import atomic_folder
+
+    record = config.work / RECORD
+    if config.work.exists() and not record.is_file():
+        raise RequestError(
+            f"{config.work} is in the way: the run keeps its checkpoints there; move it or rename --output"
+        )
+    if record.is_file() and config.resume:
+        then, now = json.loads(record.read_text())["settings"], config.settings()
+        changed = [k for k in now if now[k] != then.get(k)]
+        if changed:
+            k = changed[0]
+            raise RequestError(
+                f"{config.work} holds an unfinished run with {k} {then.get(k)!r}, now {now[k]!r}; give the same "
+                "settings to go on, or --no-resume to begin again"
+            )
+        return
+    with atomic_folder(config.work, overwrite=True) as part:
+        found = _prepare(config, part)
+        (part / RECORD).write_text(json.dumps({"settings": config.settings(), **found}, indent=1) + "\n")
+
+
+def _prepare(config: TuneConfig, part: Path) -> dict[str, Any]:
+    from safetensors.torch import save_file
+
+    from mod_router.attaching import attach
+    from mod_router.checkpoint import identity
+    from mod_router.data import to_tensors
+    from mod_router.gate import runtime_of
+    from mod_router.merged import describe
+    from model_hooks import load
+    from model_hooks.loading import resolve
+
+    model, tokenizer = load(config.model)
+    train, heldout = examples(config, model, tokenizer)
+    base = {"name": config.model, **identity(model)}
+    attach(model, config.routing)
+    tensors = {f"{name}.{k}": v for name, rows in (("train", train), ("heldout", heldout))
+               for k, v in to_tensors(rows).items()}  # fmt: skip
+    save_file(tensors, part / DATA)
+    return {
+        "source": resolve(config.model), "base": base, "routing": describe(runtime_of(model)),
+        "dtype": str(model.dtype).removeprefix("torch."), "pad": tokenizer.pad_token_id or 0,
+    }  # fmt: skip
+
+
+def examples(config: TuneConfig, model: Any, tokenizer: Any) -> tuple[list[Any], list[Any]]:
+    """Training and held-out examples. Raises `RequestError` where there are too few."""
+    from mod_router.data import read_examples
+
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
+    if config.length > context:
+        raise RequestError(f"length {config.length} is more than the model's context of {context} tokens")
+    how: dict[str, Any] = {
+        "length": config.length,
+        "kind": config.kind,
+        "template": config.template,
+        "seed": config.seed,
+    }
+    if config.heldout:
+        heldout = read_examples(config.heldout, tokenizer, samples=config.heldout_samples, **how)
+        return read_examples(config.data, tokenizer, samples=config.samples, **how), heldout
+    found = read_examples(config.data, tokenizer, samples=config.samples + config.heldout_samples, **how)
+    if len(found) <= config.heldout_samples:
+        raise RequestError(
+            f"{config.data} gives {len(found)} examples of {config.length} tokens, and {config.heldout_samples} are "
+            "to be held out; give more data, a smaller --length or --heldout-samples, or --heldout with other data"
+        )
+    return found[config.heldout_samples :], found[: config.heldout_samples]
+
+
+def _finish(config: TuneConfig, prepared: dict[str, Any], result: dict[str, Any], weights: dict[int, Any]) -> None:
+    from dataclasses import replace
+
+    from mod_router.checkpoint import write
+    from model_hooks.files import atomic_write
+
+    routing = replace(config.routing, tau=result["tau"])
+    measured = {k: result[k] for k in ("capacity", "loss", "base_loss", "cost", "cost_se", "kl", "steps")}
+    write(config.output, routing, weights, prepared["base"], measured, config.overwrite)
+    atomic_write(config.output / LOG, (config.work / LOG).read_text())
+    shutil.rmtree(config.work)
+
+
+tune_command = command_of(
+    TuneConfig, tune, "Train routers on a frozen model, on one device or many: only routers change."
+)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """`python -m mod_router.tune`, for launchers; the same as the verb `tune` of `mod-router`."""
+    run_module("mod_router.tune", tune_command, sys.argv[1:] if argv is None else argv, "Train routers.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,268 @@
+"""The training loop of `mod_router.tune`: transformers' Trainer with the router's loss; every process runs it.
+
+It imports what the extra [train] installs, so it is imported where that is known to be there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from safetensors.torch import load_file, save_file
+from torch import Tensor, distributed
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
+
+from model_hooks.loading import quiet
+from paper_tables import WorkFailed, progress
+from paper_tables.frame import require
+from paper_tables.launch import last_checkpoint
+
+from .attaching import base_of, install_all, routers
+from .checkpoint import weight_digests
+from .config import RouterConfig
+from .context import routing_context
+from .data import collate, from_tensors
+from .gate import ROUTER, GateSpec, Runtime, runtime_of
+from .measuring import calibrate, measure
+from .objective import Multiplier, paper_penalty, token_losses
+from .tune import DATA, LOG
+
+if TYPE_CHECKING:
+    from .tune import TuneConfig
+
+ROUTERS, DUAL = "routers.safetensors", "multiplier.json"
+
+
+class RouterTrainer(Trainer):
+    """Trainer whose loss is the routers' and whose checkpoints hold the routers alone (and the optimizer's state)."""
+
+    def __init__(self, routing: RouterConfig, multiplier: Multiplier, log: Path, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.routing, self.multiplier = routing, multiplier
+        self.shares: list[float] = []  # of what ran, since the last optimizer step
+        self.model_accepts_loss_kwargs = False
+        self.remove_callback(PrinterCallback)
+        self.add_callback(_Ascent(self))
+        self.add_callback(_Log(log))
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        pool, labels = inputs.pop("pool_mask"), inputs.pop("labels")
+        teacher = None
+        if self.routing.distill:
+            with torch.no_grad(), routing_context(off=True):
+                teacher = model(**inputs, use_cache=False).logits
+        with routing_context(pool_mask=pool, train=True, noise=self._noise()) as seen:
+            logits = model(**inputs, use_cache=False).logits
+            loss = token_losses(logits, labels, teacher, self.routing.distill).mean()
+            used = _over_processes(seen.capacity)
+            self.shares.append(float(used.detach()))
+            if self.routing.objective == "paper":
+                loss = loss + paper_penalty(seen, self.routing.penalty)
+            else:
+                loss = loss + self.multiplier.penalty(used)
+        return (loss, {}) if return_outputs else loss
+
+    def _noise(self) -> float:
+        return self.routing.noise * (1 - self.state.global_step / max(1, self.state.max_steps))
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        mean = self.multiplier.mean
+        super().log({**logs, **({"capacity": mean} if mean is not None else {})}, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        weights = gathered(self.model)
+        if output_dir and self.args.should_save:
+            folder = Path(output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file({str(layer): weight for layer, weight in weights.items()}, folder / ROUTERS)
+            (folder / DUAL).write_text(json.dumps([self.multiplier.nu, self.multiplier.mean]))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        found = load_file(Path(resume_from_checkpoint) / ROUTERS)
+        with torch.no_grad():
+            for layer, router in routers(self.model).items():
+                router.weight.copy_(found[str(layer)])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.multiplier.nu, self.multiplier.mean = json.loads((Path(checkpoint) / DUAL).read_text())
+
+
+class _Ascent(TrainerCallback):
+    """Moves the multiplier after each optimizer step."""
+
+    def __init__(self, trainer: RouterTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        shares, self.trainer.shares = self.trainer.shares, []
+        self.trainer.multiplier.step(sum(shares) / max(1, len(shares)))
+
+
+class _Log(TrainerCallback):
+    """Keeps the log as JSON lines. A run that goes on begins with the lines that its checkpoint knows of."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.path.write_text("".join(json.dumps(entry) + "\n" for entry in state.log_history))
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            with self.path.open("a") as file:
+                file.write(json.dumps(state.log_history[-1]) + "\n")
+
+
+class _Progress(TrainerCallback):
+    def __init__(self, bar: Callable[[float, float], None]) -> None:
+        self.bar = bar
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar(state.global_step, state.max_steps)
+
+
+def _over_processes(used: Tensor) -> Tensor:
+    """The mean of all processes' `used`, with the gradient of this one's (DDP means the gradients)."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return used
+    mean = used.detach().clone()
+    distributed.all_reduce(mean)
+    return used + (mean / distributed.get_world_size() - used.detach())
+
+
+def gathered(model: Any) -> dict[int, Tensor]:
+    """layer -> router weight [1, H], float32 on the CPU, whole even where ZeRO-3 has cut it."""
+    found = routers(model)
+    weights = [router.weight for router in found.values()]
+    if any(hasattr(weight, "ds_id") for weight in weights):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(weights):
+            return {layer: w.detach().float().cpu().clone() for layer, w in zip(found, weights)}
+    return {layer: weight.detach().float().cpu().clone() for layer, weight in zip(found, weights)}
+
+
+def only_routers(model: Any) -> int:
+    """Freeze everything but the routers; how many parameters they have. Raises RuntimeError if another would train."""
+    target = base_of(model)
+    own = {id(router.weight) for router in routers(target).values()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in own)
+    wrong = [n for n, p in model.named_parameters() if p.requires_grad and not n.endswith(f"{ROUTER}.weight")]
+    if wrong:
+        raise RuntimeError(f"{wrong[0]} would be trained too; a router shares its weight with it")
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+
+
+def arguments(config: TuneConfig, deepspeed: str | None) -> Any:
+    """The Trainer's arguments; `deepspeed` is a file. Making them joins this process to the others of its launcher."""
+    cpu = not torch.accelerator.is_available()
+    found = TrainingArguments(
+        output_dir=str(config.work),
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps or -1,
+        learning_rate=config.rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=config.warmup,
+        weight_decay=config.weight_decay,
+        max_grad_norm=1.0,
+        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        bf16=config.bf16,
+        deepspeed=deepspeed,
+        save_steps=config.save_every,
+        save_total_limit=2,
+        logging_steps=config.log_every,
+        remove_unused_columns=False,
+        seed=config.seed,
+        use_cpu=cpu,
+        ddp_backend="gloo" if cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None,
+        ddp_timeout=7200,
+        disable_tqdm=True,
+        report_to="none",
+    )
+    if deepspeed:  # loading under ZeRO-3 comes before Trainer would do this
+        warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
+        require("deepspeed.comm", extra="train", package="mod-router").init_distributed(auto_mpi_discovery=False)
+    found._n_gpu = min(found.n_gpu, 1)  # more GPUs are for a launcher: never torch's old DataParallel
+    return found
+
+
+def _model(config: TuneConfig, prepared: dict[str, Any], deepspeed: bool) -> Any:
+    """The frozen base with routers at zero where the first process found their places."""
+    from model_hooks import load
+
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    if deepspeed:  # under ZeRO-3 each process must load through from_pretrained alone
+        model = AutoModelForCausalLM.from_pretrained(prepared["source"], dtype=dtype)
+    else:
+        model, _ = load(prepared["source"], dtype=dtype, tokenizer=False)
+    record = prepared["routing"]
+    where = {k: record[k] for k in ("depth", "decoder", "hidden_size", "row_dim")}
+    settings = RouterConfig(**{**record["config"], "layers": tuple(record["config"]["layers"])})
+    install_all(model, Runtime(settings, tuple(GateSpec(**s) for s in record["gates"]), **where))
+    if deepspeed and config.bf16:
+        for router in routers(model).values():  # DeepSpeed takes one dtype; its optimizer keeps a float32 copy
+            router.to(torch.bfloat16)
+    return model
+
+
+def fit(config: TuneConfig, prepared: dict[str, Any], arguments: Any) -> tuple[dict[str, Any], dict[int, Tensor]]:
+    """Train; what `tune` returns, and the routers' weights. Everything but the routers is as it was, and is checked."""
+    data = load_file(config.work / DATA)
+    train, heldout = ({k.split(".")[1]: v for k, v in data.items() if k.startswith(name)} for name in ("train", "held"))
+    rows, held = from_tensors(train), from_tensors(heldout)
+    checkpoint = broadcast_object_list([last_checkpoint(config.work)])[0]
+    began = time.monotonic()
+    set_seed(config.seed)
+    deepspeed = arguments.deepspeed_plugin is not None
+    with quiet(), progress("training steps") as bar:
+        model = _model(config, prepared, deepspeed)
+        trainable = only_routers(model)
+        before = None if deepspeed else weight_digests(model)
+        trainer = RouterTrainer(
+            config.routing, Multiplier(config.target_capacity), config.work / LOG, model=model, args=arguments,
+            train_dataset=rows, data_collator=partial(collate, pad=prepared["pad"]), callbacks=[_Progress(bar)],
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        model.train(False)
+        runtime_of(model).last = None
+        weights = gathered(model)
+        if not all(bool(weight.isfinite().all()) for weight in weights.values()):
+            raise WorkFailed("a router became infinite or NaN; nothing was written: lower --learning-rate")
+        if before is not None and weight_digests(model) != before:
+            raise RuntimeError("weights of the base changed in training; nothing was written: please report it")
+        runner = trainer.model_wrapped if deepspeed else None
+        if config.recipe == "ours" and config.calibrate:
+            calibrate(model, rows[: max(256, len(held))], config.target_capacity, runner=runner)
+        found = measure(model, held, runner=runner)
+    if not math.isfinite(float(found.loss.mean())):
+        raise WorkFailed(f"the held-out loss is {float(found.loss.mean())}; nothing was written")
+    return _result(config, trainer, found, trainable, time.monotonic() - began), weights
+
+
+def _result(config: TuneConfig, trainer: Any, found: Any, trainable: int, seconds: float) -> dict[str, Any]:
+    return {
+        "output": config.output, "steps": trainer.state.global_step, "trainable": trainable,
+        "tau": runtime_of(trainer.model).config.tau, "capacity": found.capacity, "loss": float(found.loss.mean()),
+        "base_loss": float(found.base.mean()), "cost": found.cost["value"], "cost_se": found.cost["se"],
+        "kl": float(found.kl.mean()), "usage": {layer: float(used.mean()) for layer, used in found.used.items()},
+        "seconds": seconds,
+    }  # fmt: skip

@@ -1,0 +1,28 @@
+"""What routing is for: time and bytes that closed layers do not need."""
+
+from __future__ import annotations
+
+import pytest
+from mod_router import bench
+
+from paper_tables import probe
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_closed_layers_save_time_and_open_ones_cost_little() -> None:
+    """At least 0.97x with all gates open on an idle machine (`mod-router bench`); here others may be busy."""
+    rows = bench.bench_speed(probe.probe_model(12, 256), "last:10", context=256, new_tokens=8, rounds=9)
+    found = {row["capacity"]: row for row in rows}
+    assert found["1"]["decode"] > 0.85
+    assert found["1"]["prefill"] > 0.85
+    assert found["0"]["decode"] > 1.1
+    assert found["0"]["prefill"] > 1.1
+    assert found["0"]["decode_of_static"] > 0.85
+    assert [found[name]["kv_bytes"] for name in ("1", "0.5", "0")] == pytest.approx([1, 7 / 12, 2 / 12])
+
+
+def test_a_cheap_step_and_a_whole_one_train_the_same_state() -> None:
+    found = bench.bench_training(probe.probe_model(4, 64), "last:2", batch=2, length=16, rounds=3)
+    assert found["optimizer_bytes"] == 2 * found["router_bytes"] == 2 * 2 * 64 * 4
+    assert found["step_over_forward"] > 1
