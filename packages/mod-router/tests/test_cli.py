@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from commands import Command
 from mod_router import attach, routing_context, save
 from mod_router.cli import app
 from mod_router.usage import plan
 from routermodels import randomise
-from typer.testing import CliRunner, Result
 
 from model_hooks import drop, load
 from model_hooks.zoo import tokenizer as zoo_tokenizer
@@ -20,24 +19,8 @@ from model_hooks.zoo import tokenizer as zoo_tokenizer
 DATA = ("--samples", "6", "--length", "48")
 
 
-def call(*arguments: Any) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
-
-
-def said(*arguments: Any) -> dict[str, Any]:
-    result = call(*arguments, "--json")
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)  # type: ignore[no-any-return]
-
-
-def refused(message: str, *arguments: Any) -> None:
-    """Exit 2, one line on stderr that holds `message`, and nothing written."""
-    before = sorted(Path.cwd().rglob("*"))
-    result = call(*arguments)
-    assert result.exit_code == 2, result.output
-    assert message in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
-    assert sorted(Path.cwd().rglob("*")) == before
+COMMAND = Command(app)
+call, said, refused = COMMAND.call, COMMAND.said, COMMAND.refused
 
 
 @pytest.fixture(autouse=True)

@@ -97,11 +97,11 @@ def test_only_routers_are_trained_and_the_target_is_met(
     assert {file.name: file.read_bytes() for file in tiny.iterdir()} == before
     model = load_routers(load(tiny, tokenizer=False)[0], tmp_path / "routers")
     assert all(float(r.weight.detach().abs().sum()) > 0 for r in routers(model).values())
-    held = read_examples(str(text), load(tiny)[1], samples=320, length=32)
+    held = read_examples(str(text), load(tiny)[1], samples=640, length=32)[320:]  # the last ones are held out
     again = measure(model, held)
     assert again.capacity == pytest.approx(result["capacity"])
     assert float(again.loss.mean()) == pytest.approx(result["loss"], rel=1e-5)
-    assert not (tmp_path / "routers.tuning").exists()
+    assert not (tmp_path / "routers.training").exists()
     record = json.loads((tmp_path / "routers" / "router_config.json").read_text())
     assert record["config"]["tau"] == result["tau"]
     assert record["measured"]["capacity"] == result["capacity"]
@@ -267,8 +267,9 @@ def test_a_wrong_request_is_one_line_and_writes_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("model").symlink_to(tiny)
-    for folder in ("taken", "busy.tuning"):
+    for folder in ("taken", "busy.training"):
         Path(folder).mkdir()
+    Path("busy.training/notes.txt").write_text("mine")
     Path("typo.yaml").write_text("learning_rat: 1\n")
     before = sorted(tmp_path.rglob("*"))
     arguments, message = WRONG[case]

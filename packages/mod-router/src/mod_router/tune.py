@@ -5,19 +5,16 @@
     accelerate launch -m mod_router.tune ...        deepspeed --module mod_router.tune ...
 
 The first process loads the model, finds the gates, makes the examples and writes all that into a work folder beside the
-output (`routers.tuning`); then every process loads from there. A killed run goes on from its last checkpoint when the
+output (`routers.training`); then every process loads from there. A killed run goes on from its last checkpoint when the
 same command is given again. With several machines, the output lies on a disk that all of them see.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import os
 import shutil
 import sys
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +23,14 @@ from model_hooks.errors import RequestError
 from paper_tables.errors import nearest
 from paper_tables.launch import deepspeed_file, is_main_process, run_module
 from paper_tables.options import command_of
+from paper_tables.training import LOG, Run, prepare, refuse_longer_than_context, split
 
 RECIPES = {"ours": 2e-2, "paper": 1e-5}  # with their learning rates
-RECORD, DATA, LOG = "prepared.json", "data.safetensors", "training_log.jsonl"
-COUNTS = ("samples", "heldout_samples", "batch_size", "accumulation", "save_every", "log_every")
-FREE = ("overwrite", "resume", "output", "log_every", "save_every")  # may change when a run goes on
+DATA = "data.safetensors"
 
 
 @dataclass(frozen=True)
-class TuneConfig:
+class TuneConfig(Run):
     """What to put routers on, with what to train them, and how.
 
     Args:
@@ -57,30 +53,15 @@ class TuneConfig:
         template: Of the prompts of records: none, alpaca, vicuna or chat.
         samples: Examples to train on, fewer where the data has fewer.
         length: Most tokens of each; at most the model's context.
-        heldout: Data to measure on; empty: the first examples of the data, which are then not trained on.
+        heldout: Data to measure on; empty: the last examples of the data, which are then not trained on.
         heldout_samples: Examples of it.
-        epochs: Times that the data is seen.
-        max_steps: Optimizer steps; 0: as the epochs say.
         learning_rate: Peak, after which it falls as a cosine; 0: the recipe's.
-        warmup: Share of the steps in which the learning rate rises.
-        weight_decay: Of AdamW.
-        batch_size: Examples a process takes at once.
-        accumulation: Batches whose gradients make one step.
-        gradient_checkpointing: Compute activations again in the backward pass: less memory, a third more time.
-        bf16: Compute in bfloat16.
-        deepspeed: zero2, zero3, or a DeepSpeed file of your own; empty: none.
-        save_every: Steps between checkpoints.
-        log_every: Steps between lines of training_log.jsonl.
         seed: Of the cuts between prompt and rest, the order of the data and the noise.
-        resume: Go on from the last checkpoint of a run that was stopped; --no-resume begins again.
-        overwrite: Replace what is at the output.
 
     Raises:
         RequestError: a value is not accepted.
     """
 
-    model: str
-    output: Path
     recipe: str = "ours"
     layers: str = "last"
     scores: str = ""
@@ -100,44 +81,17 @@ class TuneConfig:
     length: int = 512
     heldout: str = ""
     heldout_samples: int = 100
-    epochs: float = 1.0
-    max_steps: int = 0
-    learning_rate: float = 0.0
-    warmup: float = 0.03
-    weight_decay: float = 0.0
     batch_size: int = 8
-    accumulation: int = 1
-    gradient_checkpointing: bool = False
-    bf16: bool = False
-    deepspeed: str = ""
     save_every: int = 50
     log_every: int = 5
-    seed: int = 0
-    resume: bool = True
-    overwrite: bool = False
 
     def __post_init__(self) -> None:
         if self.recipe not in RECIPES:
             raise RequestError(f"recipe {self.recipe!r} is not accepted{nearest(self.recipe, RECIPES)}")
-        for name in COUNTS:
-            self._at_least(name, 1)
-        self._at_least("length", 2)
-        for name in ("max_steps", "learning_rate", "weight_decay", "warmup"):
-            self._at_least(name, 0)
-        if not 0 < self.epochs < math.inf:
-            raise RequestError(f"epochs is {self.epochs}; a number above 0 is needed")
-        if self.warmup >= 1:
-            raise RequestError(f"warmup is {self.warmup}; a share of the steps below 1 is needed")
-        if not self.model or str(self.output) in ("", "."):
-            raise RequestError("model and output must be given: what to put routers on, and the folder for them")
-        if self.deepspeed and "RANK" not in os.environ:
-            raise RequestError("deepspeed needs a launcher: torchrun --nproc-per-node N -m mod_router.tune ...")
+        super().__post_init__()
+        self.at_least(1, "samples", "heldout_samples")
+        self.at_least(2, "length")
         _ = self.routing  # checked now, not when the model is loaded
-
-    def _at_least(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        if not least <= value < math.inf:
-            raise RequestError(f"{name} is {value}; at least {least} is needed")
 
     @cached_property
     def routing(self) -> RouterConfig:
@@ -153,19 +107,9 @@ class TuneConfig:
         )  # fmt: skip
 
     @property
-    def work(self) -> Path:
-        """Where the run keeps its data, checkpoints and log until it is done."""
-        return self.output.with_name(f"{self.output.name}.tuning")
-
-    @property
     def rate(self) -> float:
         """The learning rate's peak."""
         return self.learning_rate or RECIPES[self.recipe]
-
-    def settings(self) -> dict[str, Any]:
-        """What decides the result: a run goes on only with the same."""
-        values = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items() if k not in FREE}
-        return values | {"processes": int(os.environ.get("WORLD_SIZE", "1"))}
 
 
 def tune(config: TuneConfig) -> dict[str, Any]:
@@ -189,14 +133,14 @@ def tune(config: TuneConfig) -> dict[str, Any]:
     refuse_overlap(config.output, config.model)
     deepspeed = deepspeed_file(__file__, config.deepspeed)
     if is_main_process():
-        prepare(config)
+        prepare(config, partial(make_start, config))
     from accelerate import PartialState
 
     from mod_router import tuning
 
     arguments = tuning.arguments(config, deepspeed)  # joins the other processes
     PartialState().wait_for_everyone()
-    prepared = json.loads((config.work / RECORD).read_text())
+    prepared = config.record()
     result, weights = tuning.fit(config, prepared, arguments)
     if is_main_process():
         _finish(config, prepared, result, weights)
@@ -204,34 +148,8 @@ def tune(config: TuneConfig) -> dict[str, Any]:
     return result
 
 
-def prepare(config: TuneConfig) -> None:
-    """Make the work folder, whole or not at all: where the gates are, the examples and a record of the settings.
-
-    Raises `RequestError` where the folder holds another run.
-    """
-    from model_hooks.files import atomic_folder
-
-    record = config.work / RECORD
-    if config.work.exists() and not record.is_file():
-        raise RequestError(
-            f"{config.work} is in the way: the run keeps its checkpoints there; move it or rename --output"
-        )
-    if record.is_file() and config.resume:
-        then, now = json.loads(record.read_text())["settings"], config.settings()
-        changed = [k for k in now if now[k] != then.get(k)]
-        if changed:
-            k = changed[0]
-            raise RequestError(
-                f"{config.work} holds an unfinished run with {k} {then.get(k)!r}, now {now[k]!r}; give the same "
-                "settings to go on, or --no-resume to begin again"
-            )
-        return
-    with atomic_folder(config.work, overwrite=True) as part:
-        found = _prepare(config, part)
-        (part / RECORD).write_text(json.dumps({"settings": config.settings(), **found}, indent=1) + "\n")
-
-
-def _prepare(config: TuneConfig, part: Path) -> dict[str, Any]:
+def make_start(config: TuneConfig, part: Path) -> dict[str, Any]:
+    """Write the examples to the folder `part`; returns what the run must know of the model and its gates."""
     from safetensors.torch import save_file
 
     from mod_router.attaching import attach
@@ -259,9 +177,7 @@ def examples(config: TuneConfig, model: Any, tokenizer: Any) -> tuple[list[Any],
     """Training and held-out examples. Raises `RequestError` where there are too few."""
     from mod_router.data import read_examples
 
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
-    if config.length > context:
-        raise RequestError(f"length {config.length} is more than the model's context of {context} tokens")
+    refuse_longer_than_context(config, model)
     how: dict[str, Any] = {
         "length": config.length,
         "kind": config.kind,
@@ -272,12 +188,7 @@ def examples(config: TuneConfig, model: Any, tokenizer: Any) -> tuple[list[Any],
         heldout = read_examples(config.heldout, tokenizer, samples=config.heldout_samples, **how)
         return read_examples(config.data, tokenizer, samples=config.samples, **how), heldout
     found = read_examples(config.data, tokenizer, samples=config.samples + config.heldout_samples, **how)
-    if len(found) <= config.heldout_samples:
-        raise RequestError(
-            f"{config.data} gives {len(found)} examples of {config.length} tokens, and {config.heldout_samples} are "
-            "to be held out; give more data, a smaller --length or --heldout-samples, or --heldout with other data"
-        )
-    return found[config.heldout_samples :], found[: config.heldout_samples]
+    return split(config, found, "examples")
 
 
 def _finish(config: TuneConfig, prepared: dict[str, Any], result: dict[str, Any], weights: dict[int, Any]) -> None:

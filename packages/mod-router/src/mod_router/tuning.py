@@ -7,25 +7,20 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
-import warnings
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from model_hooks.loading import quiet
-from paper_tables import WorkFailed, progress
-from paper_tables.frame import require
-from paper_tables.launch import last_checkpoint
+from paper_tables import WorkFailed, progress, trainer
+from paper_tables.training import LOG
 
 from .attaching import base_of, install_all, routers
 from .checkpoint import weight_digests
@@ -35,7 +30,7 @@ from .data import collate, from_tensors
 from .gate import ROUTER, GateSpec, Runtime, runtime_of
 from .measuring import calibrate, measure
 from .objective import Multiplier, paper_penalty, token_losses
-from .tune import DATA, LOG
+from .tune import DATA
 
 if TYPE_CHECKING:
     from .tune import TuneConfig
@@ -53,7 +48,7 @@ class RouterTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.remove_callback(PrinterCallback)
         self.add_callback(_Ascent(self))
-        self.add_callback(_Log(log))
+        self.add_callback(trainer.Log(log))
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -112,30 +107,6 @@ class _Ascent(TrainerCallback):
         self.trainer.multiplier.step(sum(shares) / max(1, len(shares)))
 
 
-class _Log(TrainerCallback):
-    """Keeps the log as JSON lines. A run that goes on begins with the lines that its checkpoint knows of."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            self.path.write_text("".join(json.dumps(entry) + "\n" for entry in state.log_history))
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            with self.path.open("a") as file:
-                file.write(json.dumps(state.log_history[-1]) + "\n")
-
-
-class _Progress(TrainerCallback):
-    def __init__(self, bar: Callable[[float, float], None]) -> None:
-        self.bar = bar
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar(state.global_step, state.max_steps)
-
-
 def _over_processes(used: Tensor) -> Tensor:
     """The mean of all processes' `used`, with the gradient of this one's (DDP means the gradients)."""
     if not (distributed.is_available() and distributed.is_initialized()):
@@ -171,38 +142,7 @@ def only_routers(model: Any) -> int:
 
 def arguments(config: TuneConfig, deepspeed: str | None) -> Any:
     """The Trainer's arguments; `deepspeed` is a file. Making them joins this process to the others of its launcher."""
-    cpu = not torch.accelerator.is_available()
-    found = TrainingArguments(
-        output_dir=str(config.work),
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.accumulation,
-        num_train_epochs=config.epochs,
-        max_steps=config.max_steps or -1,
-        learning_rate=config.rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=config.warmup,
-        weight_decay=config.weight_decay,
-        max_grad_norm=1.0,
-        gradient_checkpointing=config.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-        bf16=config.bf16,
-        deepspeed=deepspeed,
-        save_steps=config.save_every,
-        save_total_limit=2,
-        logging_steps=config.log_every,
-        remove_unused_columns=False,
-        seed=config.seed,
-        use_cpu=cpu,
-        ddp_backend="gloo" if cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None,
-        ddp_timeout=7200,
-        disable_tqdm=True,
-        report_to="none",
-    )
-    if deepspeed:  # loading under ZeRO-3 comes before Trainer would do this
-        warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
-        require("deepspeed.comm", extra="train", package="mod-router").init_distributed(auto_mpi_discovery=False)
-    found._n_gpu = min(found.n_gpu, 1)  # more GPUs are for a launcher: never torch's old DataParallel
-    return found
+    return trainer.arguments(config, deepspeed, "mod-router", remove_unused_columns=False)
 
 
 def _model(config: TuneConfig, prepared: dict[str, Any], deepspeed: bool) -> Any:
@@ -229,7 +169,7 @@ def fit(config: TuneConfig, prepared: dict[str, Any], arguments: Any) -> tuple[d
     data = load_file(config.work / DATA)
     train, heldout = ({k.split(".")[1]: v for k, v in data.items() if k.startswith(name)} for name in ("train", "held"))
     rows, held = from_tensors(train), from_tensors(heldout)
-    checkpoint = broadcast_object_list([last_checkpoint(config.work)])[0]
+    checkpoint = trainer.checkpoint_of(config)
     began = time.monotonic()
     set_seed(config.seed)
     deepspeed = arguments.deepspeed_plugin is not None
@@ -237,11 +177,11 @@ def fit(config: TuneConfig, prepared: dict[str, Any], arguments: Any) -> tuple[d
         model = _model(config, prepared, deepspeed)
         trainable = only_routers(model)
         before = None if deepspeed else weight_digests(model)
-        trainer = RouterTrainer(
+        tuner = RouterTrainer(
             config.routing, Multiplier(config.target_capacity), config.work / LOG, model=model, args=arguments,
-            train_dataset=rows, data_collator=partial(collate, pad=prepared["pad"]), callbacks=[_Progress(bar)],
+            train_dataset=rows, data_collator=partial(collate, pad=prepared["pad"]), callbacks=[trainer.Progress(bar)],
         )  # fmt: skip
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        tuner.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         model.train(False)
         runtime_of(model).last = None
         weights = gathered(model)
@@ -249,19 +189,19 @@ def fit(config: TuneConfig, prepared: dict[str, Any], arguments: Any) -> tuple[d
             raise WorkFailed("a router became infinite or NaN; nothing was written: lower --learning-rate")
         if before is not None and weight_digests(model) != before:
             raise RuntimeError("weights of the base changed in training; nothing was written: please report it")
-        runner = trainer.model_wrapped if deepspeed else None
+        runner = tuner.model_wrapped if deepspeed else None
         if config.recipe == "ours" and config.calibrate:
             calibrate(model, rows[: max(256, len(held))], config.target_capacity, runner=runner)
         found = measure(model, held, runner=runner)
     if not math.isfinite(float(found.loss.mean())):
         raise WorkFailed(f"the held-out loss is {float(found.loss.mean())}; nothing was written")
-    return _result(config, trainer, found, trainable, time.monotonic() - began), weights
+    return _result(config, tuner, found, trainable, time.monotonic() - began), weights
 
 
-def _result(config: TuneConfig, trainer: Any, found: Any, trainable: int, seconds: float) -> dict[str, Any]:
+def _result(config: TuneConfig, tuner: Any, found: Any, trainable: int, seconds: float) -> dict[str, Any]:
     return {
-        "output": config.output, "steps": trainer.state.global_step, "trainable": trainable,
-        "tau": runtime_of(trainer.model).config.tau, "capacity": found.capacity, "loss": float(found.loss.mean()),
+        "output": config.output, "steps": tuner.state.global_step, "trainable": trainable,
+        "tau": runtime_of(tuner.model).config.tau, "capacity": found.capacity, "loss": float(found.loss.mean()),
         "base_loss": float(found.base.mean()), "cost": found.cost["value"], "cost_se": found.cost["se"],
         "kl": float(found.kl.mean()), "usage": {layer: float(used.mean()) for layer, used in found.used.items()},
         "seconds": seconds,
