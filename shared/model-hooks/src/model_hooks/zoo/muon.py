@@ -29,7 +29,7 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """For the 2-D weights of hidden layers; ``weight_decay`` is decoupled."""
+    """For the weights of hidden layers: matrices, or stacks of them [n, rows, columns]; ``weight_decay`` is decoupled."""
 
     def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
         super().__init__(list(params), {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
@@ -52,7 +52,8 @@ class Muon(torch.optim.Optimizer):
             buffer = state.setdefault("momentum", torch.zeros_like(p))
             buffer.lerp_(p.grad, 1 - group["momentum"])
             directions.append(p.grad.lerp(buffer, group["momentum"]))  # Nesterov
-        rows, columns = same[0].shape
-        updates = orthogonalise(torch.stack(directions)) * max(1.0, rows / columns) ** 0.5
+        rows, columns = same[0].shape[-2:]
+        updates = orthogonalise(torch.stack(directions).view(-1, rows, columns)) * max(1.0, rows / columns) ** 0.5
+        updates = updates.view(len(same), *same[0].shape)
         for p, update in zip(same, updates, strict=True):
             p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"])

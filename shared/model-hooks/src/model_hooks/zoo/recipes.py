@@ -59,6 +59,7 @@ def llama() -> PretrainedConfig:
         num_key_value_heads=2,
         head_dim=32,
         max_position_embeddings=CONTEXT,
+        rope_parameters={"rope_type": "default", "rope_theta": 5e5},
         rms_norm_eps=1e-5,
         tie_word_embeddings=True,
         bos_token_id=END_ID,
@@ -108,12 +109,42 @@ def recall() -> PretrainedConfig:
     )
 
 
+def mixtral() -> PretrainedConfig:
+    from transformers import MixtralConfig
+
+    return MixtralConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        router_aux_loss_coef=0.01,
+        output_router_logits=True,
+        max_position_embeddings=CONTEXT,
+        rope_parameters={"rope_type": "default", "rope_theta": 5e5},
+        sliding_window=None,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        bos_token_id=END_ID,
+        eos_token_id=END_ID,
+        pad_token_id=PAD_ID,
+    )
+
+
 RECIPES: dict[str, Recipe] = {
     "llama": Recipe(
         config=llama,
         summary="a dense Llama with grouped queries: 20 layers, so that dropping layers means something",
-        minutes=82,
+        minutes=75,
         limit_mb=8,
+        recall_share=0.1,
+        lookup_share=0.05,
+        needle_share=0.1,
+        start="induction",
     ),
     "gpt2": Recipe(
         config=gpt2,
@@ -121,6 +152,16 @@ RECIPES: dict[str, Recipe] = {
         minutes=16,
         limit_mb=2,
         stages=((0.0, 256), (0.6, 1024)),
+    ),
+    "mixtral": Recipe(
+        config=mixtral,
+        summary="a mixture of experts: 6 layers of 8 experts, two of which see each token",
+        minutes=70,
+        limit_mb=7,
+        recall_share=0.1,
+        lookup_share=0.05,
+        needle_share=0.1,
+        start="induction",
     ),
     "recall": Recipe(
         config=recall,

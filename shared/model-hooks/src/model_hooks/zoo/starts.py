@@ -2,7 +2,7 @@
 
 ``zero``: what each block adds to the residual stream starts at zero.
 
-``induction``: the same, but the first key-value head of every layer starts as its half of an induction circuit
+``induction``: the same, but the first key-value head of the first layers starts as its half of an induction circuit
 (Olsson et al. 2022, "In-context learning and induction heads"): in the first layer its two queries look one and two
 tokens back and write what stands there, in the later layers they look for a token whose second predecessor is the
 query's first one, and copy it. That is what the pattern ``key: value ... key:`` asks for. It saves hours on a CPU: from
@@ -20,15 +20,16 @@ import torch
 from torch import Tensor, nn
 
 COMMON = 1.0  # size of what all embeddings have in common, relative to what each has of its own
-BACK_FROM, BACK_SCALE = 12, 0.35  # rotary planes up to this one tell neighbours apart; later ones recognise keys
+BACK_SHARE, BACK_SCALE = 3 / 8, 0.35  # this share of the rotary planes tells neighbours apart; slower ones recognise keys
 MATCH_SCALE = 2.5
+INDUCTION_LAYERS = 4  # the layers that start so; more of them only copy the same token again
 WRITE_SCALE, COPY_SCALE = 0.08, 0.2
 
 
 @torch.no_grad()
 def zero(model: nn.Module) -> None:
     for name, p in model.named_parameters():
-        if name.endswith(("o_proj.weight", "down_proj.weight", "c_proj.weight")):
+        if name.endswith(("o_proj.weight", "down_proj.weight", "c_proj.weight", "experts.down_proj")):
             nn.init.zeros_(p)
 
 
@@ -47,7 +48,7 @@ def _look_back(attention: Any, common: Tensor, distances: tuple[int, ...], theta
     """
     half = attention.head_dim // 2
     planes = torch.arange(half)
-    used = (planes < BACK_FROM).float()
+    used = (planes < BACK_SHARE * half).float()
     angle = theta ** (-planes / half)
     key = torch.cat([used, torch.zeros(half)])
     attention.k_proj.weight[: 2 * half] += BACK_SCALE * torch.outer(key, common)
@@ -66,8 +67,8 @@ def induction(model: nn.Module) -> None:
     embeddings = inner.embed_tokens.weight
     common, read, first, second = _directions(embeddings.shape[1], head)
     embeddings += COMMON * embeddings.norm(dim=1).mean() * common
-    slow = (torch.arange(head) % (head // 2) >= BACK_FROM).float()[:, None]
-    for index, layer in enumerate(inner.layers):
+    slow = (torch.arange(head) % (head // 2) >= BACK_SHARE * head / 2).float()[:, None]
+    for index, layer in enumerate(inner.layers[:INDUCTION_LAYERS]):
         attention = layer.self_attn
         attention.v_proj.weight[:head] = read
         if index == 0:

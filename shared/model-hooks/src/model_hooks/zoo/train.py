@@ -48,16 +48,18 @@ def build(recipe: Recipe) -> nn.Module:
 
     torch.manual_seed(recipe.seed)
     model: nn.Module = AutoModelForCausalLM.from_config(recipe.config(), dtype=torch.float32)
+    if hasattr(model.config, "num_local_experts"):
+        model.set_experts_implementation("eager")  # type: ignore[operator]  # on a CPU twice as fast as grouped_mm
     STARTS[recipe.start](model)
     return model
 
 
 def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for embeddings, norms and biases."""
+    """Muon for the matrices of the blocks, experts' too, AdamW for embeddings, routers, norms and biases."""
     matrices: list[Tensor] = []
     rest: list[Tensor] = []
     for name, p in model.named_parameters():
-        inner = p.ndim == 2 and not any(part in name for part in ("embed", "wte", "wpe", "lm_head"))
+        inner = p.ndim in (2, 3) and not any(part in name for part in ("embed", "wte", "wpe", "lm_head", "mlp.gate."))
         (matrices if inner else rest).append(p)
     adam = torch.optim.AdamW(rest, lr=recipe.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
     return [Muon(matrices, lr=recipe.muon_lr, weight_decay=recipe.weight_decay), adam]
@@ -72,19 +74,26 @@ def length_at(recipe: Recipe, share: float) -> int:
     return [length for start, length in recipe.stages if share >= start][-1]
 
 
+def balance_loss(model: nn.Module, result: Any) -> Tensor | float:
+    """What a mixture of experts adds to its loss so that all experts are used; nothing for a dense model."""
+    aux = getattr(result, "aux_loss", None)
+    return 0.0 if aux is None else model.config.router_aux_loss_coef * aux  # type: ignore[union-attr, no-any-return, operator]
+
+
 def loss_of(model: nn.Module, rows: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean next-token loss in nats of rows [batch, length], tokens counted equally or by weights of the same shape.
 
-    Matrix products are in bfloat16, parameters in float32.
+    Matrix products are in bfloat16, parameters in float32. A mixture of experts' balance loss is added.
     """
     with torch.autocast(rows.device.type, torch.bfloat16):
-        logits = model(input_ids=rows, use_cache=False).logits
+        result = model(input_ids=rows, use_cache=False)
+    logits, balance = result.logits, balance_loss(model, result)
     predicted, found = logits[:, :-1].flatten(0, 1).float(), rows[:, 1:].flatten()
     if weights is None:
-        return F.cross_entropy(predicted, found)
+        return F.cross_entropy(predicted, found) + balance
     nats = F.cross_entropy(predicted, found, reduction="none")
     counts = weights[:, 1:].flatten()
-    return (nats * counts).sum() / counts.sum().clamp(min=1.0)
+    return (nats * counts).sum() / counts.sum().clamp(min=1.0) + balance
 
 
 def make_stream(recipe: Recipe, stdlib: Path) -> Stream:
