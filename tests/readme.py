@@ -1,8 +1,9 @@
 """The code blocks of a README, and how a test runs them.
 
 Every ```bash and ```python block runs, in order, in one empty folder that sees the repository's own files by links;
-the workspace's commands are on the PATH and the Python blocks of a file share their names. A comment on the line
-before a block says otherwise:
+the workspace's commands are on the PATH and the Python blocks of a file share their names. Where a block's lines are
+nothing but calls of the workspace's commands, they are made in the test's process: starting Python and importing torch
+costs more than what most of them do. A comment on the line before a block says otherwise:
 
     <!-- not run: needs four GPUs -->          the block cannot run in a test, and why
     <!-- run by tests/test_isolation.py -->    another test does what the block says
@@ -11,9 +12,11 @@ before a block says otherwise:
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+SHELL = set("|&;<>$`*?(){}")  # what only a shell understands
 FENCE = re.compile(r"^```(\w*)\s*$")
 NOT_RUN = re.compile(r"<!-- not run: (?P<reason>.+) -->")
 RUN_BY = re.compile(r"<!-- run by (?P<file>\S+) -->")
@@ -32,6 +35,14 @@ class Block:
     @property
     def runs(self) -> bool:
         return self.language in ("bash", "python") and self.reason is None and self.run_by is None
+
+    def commands(self) -> list[list[str]]:
+        """The block's commands as lists of words, or none where one of them needs a shell."""
+        try:
+            words = [shlex.split(line, comments=True) for line in self.text.replace("\\\n", " ").splitlines()]
+        except ValueError:  # a quotation over several lines
+            return []
+        return [] if any(SHELL & set("".join(line)) for line in words) else [line for line in words if line]
 
 
 def blocks(file: Path) -> list[Block]:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
+import tomllib
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from typing import Any
 
 import environment
 import pytest
@@ -39,9 +44,35 @@ def room(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(block: readme.Block, file: Path, names: dict[str, object], room: Path) -> None:
+@cache
+def own_commands() -> dict[str, EntryPoint]:
+    scripts = {name for folder in environment.members() for name in read(folder).get("scripts", {})}
+    return {script.name: script for script in entry_points(group="console_scripts") if script.name in scripts}
+
+
+def read(folder: Path) -> dict[str, Any]:
+    project: dict[str, Any] = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
+    return project
+
+
+def call(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    """Run one of the workspace's commands in this process; its exit code."""
+    monkeypatch.setattr(sys, "argv", words)
+    try:
+        return int(own_commands()[words[0]].load()() or 0)
+    except SystemExit as end:
+        return int(end.code or 0)
+
+
+def run(block: readme.Block, file: Path, names: dict[str, object], room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if block.language == "python":
         exec(compile("\n" * block.line + block.text, str(file), "exec"), names)
+        return
+    commands = block.commands()
+    if commands and all(words[0] in own_commands() for words in commands):
+        for words in commands:
+            code = call(words, monkeypatch)
+            assert code == 0, f"{identifier(file)}:{block.line} exited {code}\n{shlex.join(words)}"
         return
     done = subprocess.run(["bash", "-euo", "pipefail", "-c", block.text], cwd=room, capture_output=True, text=True)
     output = f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
@@ -51,11 +82,11 @@ def run(block: readme.Block, file: Path, names: dict[str, object], room: Path) -
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("file", READMES, ids=identifier)
-def test_the_blocks_run(file, room):
+def test_the_blocks_run(file, room, monkeypatch):
     names: dict[str, object] = {"__name__": "__main__", "__file__": str(file)}
     for block in readme.blocks(file):
         if block.runs:
-            run(block, file, names, room)
+            run(block, file, names, room, monkeypatch)
 
 
 @pytest.mark.parametrize("file", READMES, ids=identifier)
@@ -94,15 +125,25 @@ def test_blocks_are_read_with_their_lines_and_exceptions(tmp_path):
     assert (fourth.language, fourth.reason, fourth.runs) == ("text", None, False)
 
 
+def test_a_block_of_commands_needs_no_shell_and_one_with_a_pipe_does():
+    block = readme.Block("bash", 'loki eval "zoo:llama" \\\n  --k 0.5  # half\n\n# a comment\nloki analyze b', 1)
+    assert block.commands() == [["loki", "eval", "zoo:llama", "--k", "0.5"], ["loki", "analyze", "b"]]
+    assert readme.Block("bash", "loki --help\nloki eval m | head", 1).commands() == []
+    assert readme.Block("bash", "cd $HOME", 1).commands() == []
+
+
 def test_a_block_without_an_end_is_an_error(tmp_path):
     (tmp_path / "README.md").write_text("```bash\necho 1\n")
     with pytest.raises(ValueError, match=r"README\.md:1"):
         readme.blocks(tmp_path / "README.md")
 
 
-def test_a_failing_block_fails_with_its_line(tmp_path):
+def test_a_failing_block_fails_with_its_line(tmp_path, monkeypatch):
     block = readme.Block("bash", "false\necho after", 7)
     with pytest.raises(AssertionError, match=r"README\.md:7 exited 1"):
-        run(block, environment.ROOT / "README.md", {}, tmp_path)
+        run(block, environment.ROOT / "README.md", {}, tmp_path, monkeypatch)
+    wrong = readme.Block("bash", "paper-tables run nothing", 9)
+    with pytest.raises(AssertionError, match=r"README\.md:9 exited 2\npaper-tables run nothing"):
+        run(wrong, environment.ROOT / "README.md", {}, tmp_path, monkeypatch)
     with pytest.raises(ZeroDivisionError):
-        run(readme.Block("python", "1 / 0", 1), environment.ROOT / "README.md", {}, tmp_path)
+        run(readme.Block("python", "1 / 0", 1), environment.ROOT / "README.md", {}, tmp_path, monkeypatch)

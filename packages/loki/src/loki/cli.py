@@ -158,17 +158,20 @@ def generate(
     prompt: Annotated[str, typer.Option(help="Text to go on from.")] = "def main(",
     prompt_file: Annotated[Path | None, typer.Option(help="Take the prompt from a file.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    rounds: Annotated[int, typer.Option(min=0, help="Time it beside ordinary decoding, so often; 0: not.")] = 0,
     dtype: Dtype = "auto",
     device_map: DeviceMap = "",
 ) -> dict[str, Any]:
-    """Greedy text with Loki, how much of it is as without, what was read, and the time of both."""
+    """Greedy text with Loki, how much of it is as without, and what was read."""
     from loki import workflow
 
     if prompt_file is not None:
         prompt = _text_of(prompt_file)
     options = workflow.settings(method, k, d, select=select, sink=sink, recent=recent, min_k=min_k, block=block,
                                 mass=mass, min_length=min_length)  # fmt: skip
-    return workflow.generate_text(lambda: load_placed(model, dtype, device_map), basis, options, prompt, max_new_tokens)
+    return workflow.generate_text(
+        lambda: load_placed(model, dtype, device_map), basis, options, prompt, max_new_tokens, rounds
+    )
 
 
 @app.command()
