@@ -26,17 +26,26 @@ from instruct_data.scoring.forward import Forward
 
 pytestmark = [pytest.mark.usefixtures("room"), pytest.mark.filterwarnings("ignore:max_length 1024 is lowered")]
 COMMAND = [sys.executable, "-c", "from superfiltering.cli import main; main()"]
-# The same command with a pause after each batch, so that a kill falls among them and not into loading.
+# The same command, once for each line of standard input, with a pause after each batch so that a kill falls among them.
+# Every run is a process of its own, forked from one that has imported everything; its number is printed.
 SLOW = """
-import time
+import os, sys, time
 from instruct_data.scoring.losses import Losses
+from superfiltering import workflow
+from superfiltering.cli import main
+from transformers import AutoModelForCausalLM, AutoTokenizer
 real = Losses.__call__
 def slower(*args, **kwargs):
     time.sleep(0.02)
     return real(*args, **kwargs)
 Losses.__call__ = slower
-from superfiltering.cli import main
-main()
+for _ in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        main()
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitpid(child, 0)[1], flush=True)
 """
 
 
@@ -94,19 +103,24 @@ def half(job: list[str], monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_killed_scoring_goes_on_to_the_same_file(job: list[str], room: Path) -> None:
     said(*job, "-o", "whole.parquet")
     output, draw, kept = Path("scores.parquet"), random.Random(0), []
-    for _ in range(10):
-        before = journalled(output)
-        process = subprocess.Popen(
-            [sys.executable, "-c", SLOW, *job], cwd=room, env=environment(), stderr=subprocess.DEVNULL
-        )
-        while journalled(output) <= before:  # past loading, at the first new batch
-            assert process.poll() is None
-            time.sleep(0.002)
-        time.sleep(draw.uniform(0, 0.12))
-        os.kill(process.pid, signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-        assert not output.exists()
-        kept.append(journalled(output))
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW, *job], cwd=room, env=environment(), text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    ) as runs:  # fmt: skip
+        assert runs.stdin is not None
+        assert runs.stdout is not None
+        for _ in range(10):
+            before = journalled(output)
+            print("run", file=runs.stdin, flush=True)
+            process = int(runs.stdout.readline())
+            while journalled(output) <= before:  # past loading, at the first new batch
+                os.kill(process, 0)  # it still runs
+                time.sleep(0.002)
+            time.sleep(draw.uniform(0, 0.12))
+            os.kill(process, signal.SIGKILL)
+            assert int(runs.stdout.readline()) == signal.SIGKILL  # that is what ended it
+            assert not output.exists()
+            kept.append(journalled(output))
     assert sorted(set(kept)) == kept  # each life adds to what the ones before have done
     found = said(*job)
     assert found["from_journal"] >= kept[-1] - 2  # a line says how it was done, one may be torn
