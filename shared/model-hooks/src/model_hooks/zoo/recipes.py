@@ -151,7 +151,7 @@ RECIPES: dict[str, Recipe] = {
     "mixtral": Recipe(
         config=mixtral,
         summary="a mixture of experts: 6 layers of 8 experts, two of which see each token",
-        minutes=85,
+        minutes=75,
         limit_mb=7,
         recall_share=0.1,
         lookup_share=0.05,
