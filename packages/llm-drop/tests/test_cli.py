@@ -202,7 +202,7 @@ def test_a_broken_checkpoint_is_one_line(folder: Path) -> None:
 def test_a_killed_scoring_goes_on(folder: Path, room: Path) -> None:
     """kill -9 in the middle; the same command then gives what an uninterrupted run gives, from where it was."""
     slow = (
-        "import sys, time, llm_drop.similarity as s\n"
+        "import sys, time, model_hooks.similarity as s\n"
         "see = s.ResidualSimilarity.see\n"
         "def slower(*a, **k): time.sleep(0.01); return see(*a, **k)\n"
         "s.ResidualSimilarity.see = slower\n"

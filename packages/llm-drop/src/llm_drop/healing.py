@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, Trainer, set_seed
+from transformers import AutoModelForCausalLM, Trainer
 from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_zero3_enabled
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import get_model_param_count
@@ -24,6 +24,7 @@ from transformers.utils import CONFIG_NAME
 
 from llm_drop.prepare import DATA, START, TRAINED
 from model_hooks.loading import quiet
+from model_hooks.lora import add_lora
 from paper_tables import WorkFailed, progress, trainer
 from paper_tables.training import LOG
 
@@ -63,17 +64,11 @@ def _sum_of_losses(logits: Tensor, targets: Tensor, parent_logits: Tensor | None
     return (1 - weight) * loss + weight * F.kl_div(log_q, log_p, reduction="sum", log_target=True)
 
 
-def collate(rows: list[Tensor]) -> dict[str, Tensor]:
-    """Sequences [T] as a batch. Trainer scores only what has labels; the loss shifts them itself."""
-    ids = torch.stack(rows)  # [batch, T]
-    return {"input_ids": ids, "labels": ids}
-
-
 class Healer(Trainer):
     """Trainer with `healing_loss`. `parent` is a frozen model, or None; evaluation is on the next token alone."""
 
     def __init__(self, parent: nn.Module | None, weight: float, log: Path, **kwargs: Any) -> None:
-        super().__init__(data_collator=collate, **kwargs)
+        super().__init__(data_collator=trainer.collate, **kwargs)
         self.parent, self.weight = parent, weight
         self.model_accepts_loss_kwargs = False  # all sequences are equally long: a mean of means is the mean
         self.remove_callback(PrinterCallback)
@@ -130,14 +125,9 @@ def _model(config: TrainConfig, prepared: dict[str, Any], source: str, deepspeed
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16 if halved else torch.float32)
     if config.method == "full":
         return model
-    from peft import LoraConfig, get_peft_model
-
-    set_seed(config.seed)  # every process must begin with the same adapters
-    lora = LoraConfig(
-        r=config.rank, lora_alpha=config.alpha, lora_dropout=0.0, task_type="CAUSAL_LM",
-        target_modules=prepared["modules"], target_parameters=prepared["banks"] or None,
-    )  # fmt: skip
-    return get_peft_model(model, lora)
+    return add_lora(
+        model, prepared["modules"], prepared["banks"], rank=config.rank, alpha=config.alpha, seed=config.seed
+    )
 
 
 def heal(config: TrainConfig, prepared: dict[str, Any], arguments: Any) -> dict[str, Any]:

@@ -9,46 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model_hooks import RequestError
-from paper_tables.training import refuse_longer_than_context, split
+from model_hooks.lora import lora_targets
+from paper_tables.training import token_sequences
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from llm_drop.train import TrainConfig
-    from model_hooks import Anatomy
 
 DATA = "data.safetensors"
 START = "start"  # the model to start from, where it was dropped here
 TRAINED = "trained"
-
-
-def lora_targets(parts: Anatomy) -> tuple[list[str], list[str]]:
-    """Names of the linear layers of all attentions and feed-forwards, and of fused expert weights.
-
-    A router is left alone: which expert takes a token is not what a dropped attention spoils.
-    Raises `RequestError` where there are none.
-    """
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
-    modules: list[str] = []
-    banks: list[str] = []
-    for block in parts.blocks:
-        router = f"{block.name}.{block.mlp.name}.{block.experts.router}" if block.mlp and block.experts else None
-        for sublayer in block.sublayers:
-            prefix = f"{block.name}.{sublayer.name}"
-            for name, module in sublayer.module.named_modules(prefix=prefix):
-                if router and (name == router or name.startswith(f"{router}.")):
-                    continue
-                if isinstance(module, (nn.Linear, Conv1D)):
-                    modules.append(name)
-                banks += [f"{name}.{key}" for key, p in module.named_parameters(recurse=False) if p.dim() == 3]
-    if not modules:
-        raise RequestError(
-            f"{type(parts.model).__name__} has no linear layers in its attentions and feed-forwards, so LoRA has "
-            "nothing to adapt; use --method full"
-        )
-    return modules, banks
 
 
 def make_start(config: TrainConfig, part: Path) -> dict[str, Any]:
@@ -63,7 +32,7 @@ def make_start(config: TrainConfig, part: Path) -> dict[str, Any]:
     plan = Plan.load(config.plan) if config.plan else None
     model, tokenizer = load(config.model)
     _refuse_other_vocabulary(config, model)
-    save_file(_sequences(config, model, tokenizer), part / DATA)
+    save_file(token_sequences(config, model, tokenizer), part / DATA)
     if plan:
         apply(model, plan)
         save(model, part / START, tokenizer, card=Card(config.model, plan.describe()), verify=False)
@@ -97,20 +66,3 @@ def _refuse_other_vocabulary(config: TrainConfig, model: Any) -> None:
         raise RequestError(
             f"the parent {config.undropped} has {parent} tokens, the model {mine}: they cannot be compared"
         )
-
-
-def _sequences(config: TrainConfig, model: Any, tokenizer: Any) -> dict[str, Tensor]:
-    """Token ids "train" [n, length] and "heldout" [m, length]."""
-    from model_hooks.text import load_sequences
-
-    refuse_longer_than_context(config, model)
-    if config.heldout:
-        heldout = load_sequences(tokenizer, config.heldout, samples=config.heldout_samples, length=config.length)
-        return {
-            "train": load_sequences(tokenizer, config.data, samples=config.samples, length=config.length),
-            "heldout": heldout,
-        }
-    wanted = config.samples + config.heldout_samples
-    ids = load_sequences(tokenizer, config.data, samples=wanted, length=config.length)
-    train, heldout = split(config, ids, "sequences")
-    return {"train": train.clone(), "heldout": heldout.clone()}

@@ -143,8 +143,8 @@ def score(
         UnsupportedArchitectureError: the model's layers could not be read.
         RequestError: no data, or a score that is not finite (the unit is named).
     """
-    from llm_drop.similarity import ResidualSimilarity
     from model_hooks import anatomy, fingerprint
+    from model_hooks.similarity import ResidualSimilarity
     from model_hooks.watch import watch
 
     if sequences.dim() != 2 or sequences.numel() == 0:
@@ -186,9 +186,9 @@ def score_layerwise(
     """
     import torch
 
-    from llm_drop.similarity import ResidualSimilarity
     from model_hooks.layer_stream import LayerStream
     from model_hooks.layerwise import watch_layerwise
+    from model_hooks.similarity import ResidualSimilarity
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     stream = LayerStream(source, device=device)

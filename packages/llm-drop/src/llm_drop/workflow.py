@@ -186,41 +186,24 @@ def evaluate_models(
     shots: int | None, batch_size: int,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """A row for each figure: of the model, of the baseline if there is one, and the ratio of the two."""
-    from paper_tables.quality import accuracies, excerpts, language, size
+    from paper_tables.quality import compare, figures
 
     if plan_file is not None and baseline:
         raise RequestError("--plan drops from MODEL, whose figures are then the baseline; leave out --baseline")
     plan = Plan.load(plan_file) if plan_file is not None else None
-
-    def figures(model: Any, tokenizer: Any) -> dict[str, dict[str, float]]:
-        texts = excerpts(data, documents, characters)
-        found = language(model, tokenizer, texts, batch_size=batch_size) if data else {}
-        if tasks:
-            found |= accuracies(
-                model, tokenizer, tasks, folder=task_folder, limit=limit, shots=shots, batch_size=batch_size
-            )
-        return found | {key: {"value": float(value)} for key, value in size(model).items()}
-
+    how: dict[str, Any] = {
+        "data": data, "documents": documents, "characters": characters, "tasks": tasks, "folder": task_folder,
+        "limit": limit, "shots": shots, "batch_size": batch_size,
+    }  # fmt: skip
     columns: dict[str, dict[str, dict[str, float]]] = {}
     if baseline:
-        columns["baseline"] = figures(*load(baseline))
+        columns["baseline"] = figures(*load(baseline), **how)
     model, tokenizer = load(name)
     if plan is not None:
-        columns["baseline"] = figures(model, tokenizer)
+        columns["baseline"] = figures(model, tokenizer, **how)
         apply(model, plan)
-    columns["model"] = figures(model, tokenizer)
-    return [_row(key, columns) for key in columns["model"]]
-
-
-def _row(key: str, columns: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
-    row: dict[str, Any] = {"figure": key}
-    for column, figures in columns.items():
-        row[column] = figures[key]["value"]
-        if "se" in figures[key]:
-            row[f"{column}_se"] = figures[key]["se"]
-    if row.get("baseline"):
-        row["ratio"] = row["model"] / row["baseline"]
-    return row
+    columns["model"] = figures(model, tokenizer, **how)
+    return compare(columns)
 
 
 def generate_text(

@@ -6,7 +6,9 @@ fused, renamed prefixes), is answered by transformers' own loading code, so what
 
 from __future__ import annotations
 
+import ctypes
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -39,7 +41,7 @@ class LayerStream:
         from transformers.conversion_mapping import get_model_conversion_mapping
 
         self.folder, self.device = _folder(source), device
-        self.files = _files(self.folder)  # tensor name -> file
+        self.files = self.find_files()  # tensor name -> file
         config = AutoConfig.from_pretrained(self.folder)
         dtype = dtype or getattr(config.get_text_config(decoder=True), "dtype", None) or torch.float32
         with init_empty_weights(include_buffers=False), quiet():  # buffers such as rotary frequencies are in no file
@@ -58,6 +60,16 @@ class LayerStream:
         if head is not None and head.weight is not self.model.get_input_embeddings().weight:
             self.lazy.append(_name_of(self.model, head) or "")
 
+    def find_files(self) -> dict[str, Path]:
+        """Tensor name -> the file that holds it. With `read`, what a subclass for other files has to change."""
+        return _files(self.folder)
+
+    def whole(self) -> Any:
+        """The model with all of its weights resident, as ordinary as any."""
+        self._load(list(self.names))
+        self.model.tie_weights()
+        return self.model
+
     def keys(self, module: str) -> list[str]:
         """Names, in the files, of the tensors that make up `module`."""
         return [key for key, name in self.names.items() if name.startswith(f"{module}.")]
@@ -67,7 +79,9 @@ class LayerStream:
         """`module` (its path in the model) with its weights, for as long as the block lasts."""
         found: nn.Module = self.model.get_submodule(module)
         try:
-            self._load(self.keys(module))
+            self._fill_banks(module)
+            filled = {f"{module}.{name}" for name, p in found.named_parameters() if p.device.type != "meta"}
+            self._load([key for key in self.keys(module) if self.names[key] not in filled])
             missing = [name for name, p in found.named_parameters() if p.device.type == "meta"]
             if missing:
                 raise RequestError(f"{self.folder} has no weights for {module}.{missing[0]}; config and weights differ")
@@ -108,11 +122,53 @@ class LayerStream:
 
     def stored(self, module: str) -> dict[str, Tensor]:
         """The weights of a resident module under the names, and in the layout and dtype, in which files hold them."""
+        tensors = {f"{module}.{n}": t for n, t in self.model.get_submodule(module).state_dict().items()}
+        return {name: _alone(tensor.to(self._stored_dtype(name))) for name, tensor in self.as_stored(tensors).items()}
+
+    def stored_one_by_one(self, module: str) -> Iterator[tuple[str, str, slice, Tensor]]:
+        """As `stored`, one tensor at a time, so that the layer is not in memory twice.
+
+        Yields (parameter of the module, name in files, rows, tensor): of a fused bank [E, n, d] the tensor is a view
+        of `rows` of its [E * n, d] rows.
+        """
+        for name, tensor in self.model.get_submodule(module).state_dict().items():
+            if tensor.dim() < 3:
+                for key, value in self.as_stored({f"{module}.{name}": tensor}).items():
+                    yield name, key, slice(None), _alone(value.to(self._stored_dtype(key)))
+                continue
+            numbers = torch.arange(tensor.shape[0] * tensor.shape[1]).view(tensor.shape[:2])
+            for key, found in self.as_stored({f"{module}.{name}": numbers}).items():
+                rows = slice(int(found.min()), int(found.max()) + 1)
+                if found.dim() > 1 or found.numel() != rows.stop - rows.start:
+                    raise RequestError(f"{self.folder} does not store {module}.{name} by rows; it cannot be streamed")
+                yield name, key, rows, tensor.flatten(0, 1)[rows].to(self._stored_dtype(key))
+
+    def _fill_banks(self, module: str) -> None:
+        """Read the fused weights of experts a matrix at a time into their places: transformers' own way would hold
+        what it reads beside what it makes of it. What is not stored by rows is left to that."""
+        found = self.model.get_submodule(module)
+        for name, parameter in found.named_parameters():
+            if parameter.dim() != 3:
+                continue
+            numbers = torch.arange(parameter.shape[0] * parameter.shape[1]).view(parameter.shape[:2])
+            parts = self.as_stored({f"{module}.{name}": numbers})
+            if any(key not in self.files or rows.dim() > 1 for key, rows in parts.items()):
+                continue
+            bank = torch.empty(parameter.shape, dtype=parameter.dtype, device=self.device)
+            for key, rows in parts.items():
+                matrix = self.read([key])[key]
+                if matrix.shape != (len(rows), parameter.shape[2]):
+                    raise RequestError(f"{self.folder}: {key} has shape {tuple(matrix.shape)}, unlike what config says")
+                bank.flatten(0, 1)[int(rows[0]) : int(rows[-1]) + 1] = matrix
+            owner, _, leaf = name.rpartition(".")
+            found.get_submodule(owner)._parameters[leaf] = nn.Parameter(bank, requires_grad=False)
+
+    def as_stored(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors that are parameters of the model, named and laid out as in files."""
         from transformers.core_model_loading import revert_weight_conversion
 
-        tensors = {f"{module}.{n}": t for n, t in self.model.get_submodule(module).state_dict().items()}
-        reverted = revert_weight_conversion(self.model, tensors)
-        return {name: _alone(tensor.to(self._stored_dtype(name))) for name, tensor in reverted.items()}
+        reverted: dict[str, Tensor] = revert_weight_conversion(self.model, tensors)
+        return reverted
 
     def _stored_dtype(self, key: str) -> torch.dtype:
         """The dtype of a tensor in its file: transformers holds some weights (routers) in a wider one."""
@@ -188,6 +244,8 @@ def _unload(module: nn.Module) -> None:
         for name, p in owner._parameters.items():
             if p is not None:
                 owner._parameters[name] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)  # else the heap keeps what a layer left, and grows from layer to layer
 
 
 def _alone(tensor: Tensor) -> Tensor:

@@ -8,13 +8,11 @@ RAM, which is fast, or in a memory-mapped file (`buffer`), which costs a write a
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +20,9 @@ from torch import Tensor, nn
 from .errors import RequestError
 from .files import atomic_folder
 from .layer_stream import LayerStream
-from .lean import _pack
-from .structure import Anatomy, Block
-from .trace import eval_mode, first_tensor, unpack
-from .watch import Hooks, Progress, ResidualWatcher, check_data, own_share, reduce_sums
+from .layer_walk import LayerWalk
+from .structure import Anatomy
+from .watch import Progress, ResidualWatcher, reduce_sums
 
 NOT_COPIED = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".md")
 
@@ -43,7 +40,7 @@ def watch_layerwise(
     """As `model_hooks.watch.watch`, with the weights of one layer resident at a time; returns the model's anatomy.
 
     Args:
-        buffer: folder for the file of hidden states; without it they stay in RAM.
+        buffer: folder for the two files of hidden states; without it they stay in RAM.
         progress: called with (layers done, layers).
 
     Raises `RequestError` also for a watcher with `whole_batches`: blocks come one by one, each with all batches.
@@ -51,80 +48,24 @@ def watch_layerwise(
     if watcher.whole_batches:
         raise RequestError(f"this {type(watcher).__name__} compares blocks with each other (gaps); turn that off here")
     stream = source if isinstance(source, LayerStream) else LayerStream(source)
-    mask = check_data(stream.model, sequences, attention_mask)
-    parts = stream.anatomy()
-    share = own_share(len(sequences))
-    with torch.no_grad(), eval_mode(stream.model), ExitStack() as stack:
-        carry = _Carry(stack, (len(share), sequences.shape[1]), buffer)
-        for block in parts.blocks:
-            with stream.resident(block.name), Hooks((block,), parts, watcher) as hooks, carry.only(block, parts):
-                for rows in torch.arange(len(share)).split(batch_size) if len(share) else ():
-                    carry.rows = rows
-                    hooks.run(share[rows], sequences, mask)
+    with _folder_of_states(buffer) as room:
+        walk = LayerWalk(stream, sequences, attention_mask=attention_mask, batch_size=batch_size, room=room)
+        for block in walk.layers():
+            walk.show(watcher, carry=True)
             if progress:
-                progress(block.index + 1, len(parts.blocks))
+                progress(block.index + 1, len(walk.parts.blocks))
     reduce_sums(watcher)
-    return parts
+    return walk.parts
 
 
-def _pass_on(returns: int) -> Callable[..., Any]:
-    """A forward that gives back the hidden states that it gets."""
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        hidden_states = first_tensor(args, kwargs)
-        assert hidden_states is not None
-        return _pack(hidden_states, returns)
-
-    return forward
-
-
-class _Carry:
-    """Hidden states of all samples between two layers. The decoder's own forward runs for every layer, with all other
-    layers passing on what they get: so masks, positions and rotary embeddings are exactly those that it computes."""
-
-    def __init__(self, stack: ExitStack, shape: tuple[int, int], buffer: Path | None) -> None:
-        self.stack, self.shape, self.buffer = stack, shape, buffer
-        self.rows = torch.zeros(0, dtype=torch.long)  # of the batch at work, in this process's share
-        self.states: Tensor | None = None  # [samples, T, H], none before the first layer has run
-
-    @contextmanager
-    def only(self, block: Block, parts: Anatomy) -> Iterator[None]:
-        others = [b for b in parts.blocks if b is not block]
-        first = block.index == 0
-        with ExitStack() as undo:
-            for other in others:
-                other.module.forward = _pass_on(other.returns)
-                undo.callback(other.module.__dict__.pop, "forward")
-            if not first:
-                before = block.module.register_forward_pre_hook(self.give, with_kwargs=True, prepend=True)
-                undo.callback(before.remove)
-            undo.callback(block.module.register_forward_hook(self.take).remove)
-            yield
-
-    def give(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        assert self.states is not None
-        passed = first_tensor(args, kwargs)
-        assert passed is not None
-        carried = self.states[self.rows].to(passed.device)
-        return tuple(carried if a is passed else a for a in args), {
-            k: carried if v is passed else v for k, v in kwargs.items()
-        }
-
-    def take(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
-        y, _ = unpack(output)
-        assert y is not None
-        if self.states is None:
-            self.states = self.room((*self.shape, y.shape[-1]), y.dtype)
-        self.states[self.rows] = y.to(self.states.device)
-
-    def room(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        if self.buffer is None:
-            return torch.empty(shape, dtype=dtype)
-        self.buffer.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(".states", dir=self.buffer)
-        os.close(handle)
-        self.stack.callback(os.unlink, name)
-        return torch.from_file(name, shared=True, size=torch.Size(shape).numel(), dtype=dtype).view(shape)
+@contextmanager
+def _folder_of_states(buffer: Path | None) -> Iterator[Path | None]:
+    if buffer is None:
+        yield None
+        return
+    buffer.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(suffix=".states", dir=buffer) as room:
+        yield Path(room)
 
 
 def map_layers(

@@ -99,7 +99,16 @@ def apply_lean(model: Any) -> None:
         width = lean["hidden_size"]
         bias = torch.zeros(width, dtype=weight.dtype, device=weight.device) if edit["bias"] else None
         apply_edit(stack[edit["block"]], edit, bias)
+    if lean.get("experts"):
+        from .expert_surgery import resize
+
+        resize(stack, lean["experts"])
     install_cache_rules(model)
+
+
+def needs_lean(lean: dict[str, Any] | None) -> bool:
+    """Whether a model with this lean section is other than what stock transformers builds from its config."""
+    return bool(lean and (lean.get("edits") or any(lean.get("experts") or ())))
 
 
 def install_cache_rules(model: Any) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from . import kv
 from .errors import RequestError, UnsupportedArchitectureError
-from .lean import VERSION, apply_edit, become_lean, become_stock
+from .expert_surgery import resize
+from .lean import VERSION, apply_edit, become_lean, become_stock, needs_lean
 from .loading import quiet
 from .structure import Anatomy, Block, Kind, Sublayer, anatomy, text_config
 
@@ -56,7 +57,7 @@ def drop(
         apply_edit(stack[edit["block"]], edit, _constant(stack[edit["block"]], edit, constants, a))
     _remove_blocks(model, a, stack, removed, config)
     model.config.lean = lean
-    (become_lean if lean["edits"] else become_stock)(model)
+    (become_lean if needs_lean(lean) else become_stock)(model)
     if check:
         kv.self_check(model)
     return model
@@ -159,7 +160,10 @@ def _lean_section(a: Anatomy, removed: list[int], edits: list[dict[str, Any]]) -
     kept = [b.index for b in a.blocks if b.index not in removed]
     new_index = {old: new for new, old in enumerate(kept)}
     moved = [{**e, "block": new_index[e["block"]]} for e in (*a.edits, *edits) if e["block"] in new_index]
-    return {
+    before = (getattr(a.model.config, "lean", None) or {}).get("experts")
+    gone = {e["block"] for e in edits if e["kept"]["kind"] == "attention"}  # these lose their experts with the rest
+    experts = {"experts": [None if i in gone else before[i] for i in kept]} if before else {}
+    return experts | {
         "version": VERSION,
         "base_model_type": a.model.config.model_type.removeprefix("lean_"),
         "stack": a.stack_name,
@@ -214,6 +218,8 @@ def _refuse_unlike(a: Anatomy, kept: list[int], values: dict[str, Any]) -> None:
     base = getattr(type(a.model), "lean_base", type(a.model))
     with torch.device("meta"), quiet():
         stack = base(config).get_submodule(a.stack_name)
+    if counts := (getattr(config, "lean", None) or {}).get("experts"):
+        resize(stack, [counts[i] for i in kept])
     edited = {e["block"] for e in a.edits}
     for new, old in zip(stack, kept, strict=True):
         theirs: dict[str, Any] = dict(new.named_modules())

@@ -44,11 +44,13 @@ class ResidualWatcher:
         whole_batches: it compares units of different blocks, so it must be shown a batch's blocks one after another
             (`watch` does; `model_hooks.layerwise` shows a block all batches before it turns to the next).
         samples: global numbers of the samples in the batch at work, [B].
+        mask: its real tokens, [B, T] bool on the CPU; empty between batches.
     """
 
     sums: dict[str, Tensor]
     whole_batches = False
     samples: Tensor
+    mask = NOTHING.bool()
 
     def begin(self, samples: Tensor) -> None:
         """A batch starts; `samples` [B] are the numbers of its rows in all the data."""
@@ -186,9 +188,11 @@ class Hooks:
             arguments["attention_mask"] = self.mask.long().to(self.device)
             if self.takes_positions:  # so that learned positions do not depend on the padding side
                 arguments["position_ids"] = (self.mask.long().cumsum(-1) - 1).clamp_min(0).to(self.device)
+        self.watcher.mask = self.mask
         self.watcher.begin(samples)
         self.parts.decoder(**arguments, use_cache=False)
         self.watcher.end()
+        self.watcher.mask = NOTHING.bool()
 
     def see(self, index: int, unit: Unit, before: Tensor, after: Tensor) -> None:
         self.watcher.see(index, unit, before.to(after.device), after, self.mask)

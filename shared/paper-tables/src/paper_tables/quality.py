@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +84,42 @@ def size(model: Any, context: int = 64) -> dict[str, int]:
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = (torch.arange(context) * 7 + 3).remainder(vocabulary).unsqueeze(0)
     return {"parameters": metrics.parameters(model), "kv_bytes": metrics.kv_bytes(model, ids)}
+
+
+def figures(
+    model: Any,
+    tokenizer: Any,
+    *,
+    data: str = "",
+    documents: int | None = None,
+    characters: int | None = None,
+    tasks: Sequence[str] = (),
+    folder: Path | None = None,
+    limit: int | None = None,
+    shots: int | None = None,
+    batch_size: int = 8,
+) -> dict[str, Figure]:
+    """What an `eval` command tells of a model: text where `data` is named, lm-eval `tasks`, parameters, cache bytes."""
+    texts = excerpts(data, documents, characters)
+    found = language(model, tokenizer, texts, batch_size=batch_size) if data else {}
+    if tasks:
+        found |= accuracies(
+            model, tokenizer, tasks, folder=folder, limit=limit, shots=shots, batch_size=batch_size
+        )  # fmt: skip
+    return found | {key: {"value": float(value)} for key, value in size(model).items()}
+
+
+def compare(columns: Mapping[str, Mapping[str, Figure]]) -> list[dict[str, Any]]:
+    """A row for each figure of "model", beside that of "baseline" and their ratio where that is given."""
+    return [_row(key, columns) for key in columns["model"]]
+
+
+def _row(key: str, columns: Mapping[str, Mapping[str, Figure]]) -> dict[str, Any]:
+    row: dict[str, Any] = {"figure": key}
+    for column, found in columns.items():
+        row[column] = found[key]["value"]
+        if "se" in found[key]:
+            row[f"{column}_se"] = found[key]["se"]
+    if row.get("baseline"):
+        row["ratio"] = row["model"] / row["baseline"]
+    return row

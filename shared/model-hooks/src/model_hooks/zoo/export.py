@@ -86,6 +86,8 @@ def check_same(model: nn.Module, folder: Path) -> None:
 
     loaded, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, output_loading_info=True)
     wrong = {key: value for key, value in info.items() if value}
+    if hasattr(loaded.config, "num_local_experts"):
+        loaded.set_experts_implementation(model.config._experts_implementation)  # type: ignore[union-attr]
     ids = torch.randint(0, loaded.config.vocab_size, (2, 128), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         saved, found = model(input_ids=ids).logits.float(), loaded.eval()(input_ids=ids).logits.float()
@@ -102,15 +104,15 @@ def measure(folder: Path, *, retrieves: bool = False) -> dict[str, float]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    bpe = AutoTokenizer.from_pretrained(folder)
+    bpe, context = AutoTokenizer.from_pretrained(folder), model.config.max_position_embeddings
     heldout = corpus.text("heldout")
     measured = {
-        "heldout_bits_per_byte": evaluate.bits_per_byte(model, bpe, heldout, model.config.max_position_embeddings),
+        "heldout_bits_per_byte": evaluate.bits_per_byte(model, bpe, heldout, context),
         "unigram_bits_per_byte": evaluate.unigram_bits_per_byte(bpe, corpus.text("calibration"), heldout),
     }
     for task in TASKS:
         measured[task] = evaluate.accuracy(model, bpe, questions(task))
-    for length in LENGTHS if retrieves else ():
+    for length in (n for n in LENGTHS if n <= context) if retrieves else ():
         measured[f"lookup_{length}"] = evaluate.exact_match(model, bpe, lookups(length, ASKED))
         hidden = [needle(length, depth / ASKED, seed=depth) for depth in range(ASKED)]
         measured[f"needle_{length}"] = evaluate.exact_match(model, bpe, hidden)
@@ -133,7 +135,7 @@ def card(name: str, state: dict[str, Any], measured: dict[str, float], config: A
     values, exact, mix = len(synthetic.words()[1]), "", ""
     if recipe.lookup_share:
         for kind in ("lookup", "needle"):
-            found = [(length, measured[f"{kind}_{length}"]) for length in LENGTHS]
+            found = [(n, measured[f"{kind}_{n}"]) for n in LENGTHS if n <= config.max_position_embeddings]
             rows += [f"| {kind} exact match at {n:,} tokens | {x:.2f} | {1 / values:.3f} (chance) |" for n, x in found]
         exact = EXACT.format(asked=ASKED, values=values)
         shares = {"lookup": recipe.lookup_share, "needle": recipe.needle_share}

@@ -1,4 +1,4 @@
-"""The paper's measurement, in one streaming pass: how little does each unit turn the residual stream?
+"""The measurement of layer-dropping papers, in one streaming pass: how little does each unit turn the residual stream?
 
     sim(u) = mean over tokens of cos(x_t, y_t)        x, y: residual stream before and after unit u, [T, H]
 
@@ -17,7 +17,7 @@ from collections import deque
 import torch
 from torch import Tensor
 
-from model_hooks.watch import ResidualWatcher, Unit
+from .watch import ResidualWatcher, Unit
 
 EPS = 1e-8
 CHUNK = 64  # tokens whose gap cosines are summed in float32 before the float64 sum
@@ -39,7 +39,7 @@ class ResidualSimilarity(ResidualWatcher):
         hidden_size: width of its residual stream.
         groups: sample k of the data belongs to group k mod `groups`; the memory is the same for any number of samples.
         gaps: keep the inputs of all blocks of the batch at work, in the model's own precision, for `C`.
-        deltas: sum the changes, for `llm_drop.repair`.
+        deltas: sum the changes, for what takes the place of a dropped sublayer.
     """
 
     def __init__(
@@ -47,7 +47,10 @@ class ResidualSimilarity(ResidualWatcher):
     ) -> None:
         self.num_layers, self.groups = num_layers, groups
         self.whole_batches = gaps
-        zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float64)  # noqa: E731
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(*shape, dtype=torch.float64)
+
         self.sums: dict[str, Tensor] = {"tokens": zeros(groups)}
         for unit in ("attention", "mlp", "block"):
             self.sums[unit] = zeros(groups, num_layers)

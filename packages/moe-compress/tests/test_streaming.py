@@ -1,0 +1,115 @@
+"""One layer in memory at a time, whatever the depth; and a killed run that goes on to the same bytes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from moe_compress.slimming import Slimming
+from moe_compress.streaming import slim
+from moemodels import build
+
+from model_hooks import RequestError
+from paper_tables.memory import peak_tensor_bytes
+
+WORKSPACE = 300_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["wanda", "gptq"])
+def test_memory_is_that_of_one_layer_at_any_depth(method: str, sequences: torch.Tensor, tmp_path: Path) -> None:
+    """Tensors alive at once: at most 1.5 times a layer and the workspace, the same when the depth doubles."""
+    peaks, layer = {}, 0
+    for depth in (3, 6):
+        model = build("mixtral", num_hidden_layers=depth, hidden_size=128, intermediate_size=128, vocab_size=64)
+        layer = sum(p.nbytes for p in model.model.layers[0].parameters())
+        whole = sum(p.nbytes for p in model.parameters())
+        model.save_pretrained(tmp_path / f"m{depth}")
+        how = Slimming(method, group=32, min_tokens=1)
+        ids = sequences[:2] % 64
+
+        def work(depth: int = depth, ids: torch.Tensor = ids, how: Slimming = how) -> None:
+            slim(tmp_path / f"m{depth}", tmp_path / f"s{depth}", ids, how, workspace=WORKSPACE, batch_size=1)
+
+        peaks[depth] = peak_tensor_bytes(work)
+    assert peaks[6] <= 1.5 * layer + 2 * WORKSPACE, peaks[6] / layer  # moments, and copies of those at work
+    assert peaks[6] == pytest.approx(peaks[3], rel=0.15)
+    assert whole > 3 * peaks[6]
+
+
+RUN = """
+import sys, time, torch
+import moe_compress.streaming as s
+from moe_compress.slimming import Slimming
+write = s._Work.write
+def slow(self, *args):
+    write(self, *args)
+    time.sleep(float(sys.argv[4]))
+s._Work.write = slow
+ids = torch.randint(16, 2048, (4, 32), generator=torch.Generator().manual_seed(3))
+s.slim(sys.argv[1], sys.argv[2], ids, Slimming(sys.argv[3], group=32, min_tokens=4))
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    """kill -9 after the first layers; the same request then makes the files that an uninterrupted run makes."""
+
+    def start(out: str, pause: float) -> subprocess.Popen[bytes]:
+        arguments = [str(folder), str(tmp_path / out), "gptq", str(pause)]
+        return subprocess.Popen([sys.executable, "-c", RUN, *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    killed = start("resumed", 60)
+    first = tmp_path / "resumed.slimming/00000-000.safetensors"
+    manifest = tmp_path / "resumed.slimming/manifest.json"
+    for _ in range(1200):
+        if manifest.is_file():
+            break
+        assert killed.poll() is None
+        time.sleep(0.1)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert first.is_file()
+    assert not (tmp_path / "resumed").exists()
+    written = first.stat().st_mtime_ns
+    ids = torch.randint(16, 2048, (4, 32), generator=torch.Generator().manual_seed(3))
+    with pytest.raises(RequestError, match="unfinished run with other settings"):
+        slim(folder, tmp_path / "resumed", ids, Slimming("gptq", group=16, min_tokens=4))
+    assert first.stat().st_mtime_ns == written
+    for out in ("resumed", "whole"):
+        assert start(out, 0).wait() == 0
+    for file in (tmp_path / "whole").iterdir():
+        assert file.read_bytes() == (tmp_path / "resumed" / file.name).read_bytes(), file.name
+    assert not (tmp_path / "resumed.slimming").exists()
+
+
+def test_a_run_that_stopped_between_two_layers_goes_on_with_the_next(
+    folder: Path, sequences: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moe_compress import streaming
+
+    how, slimmed = Slimming("sparsegpt", group=32, min_tokens=4), []
+    once = streaming.slim_block
+
+    def stop_at_three(
+        how: Slimming, model: object, block: object, layer: object, index: int, *args: object, **k: float
+    ):  # type: ignore[no-untyped-def]
+        slimmed.append(index)
+        if slimmed == [0, 1, 2]:
+            raise KeyboardInterrupt
+        return once(how, model, block, layer, index, *args, **k)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(streaming, "slim_block", stop_at_three)
+    with pytest.raises(KeyboardInterrupt):
+        slim(folder, tmp_path / "s", sequences, how)
+    slim(folder, tmp_path / "s", sequences, how)
+    assert slimmed == [0, 1, 2, 2, 3]
+    slim(folder, tmp_path / "whole", sequences, how)
+    for file in (tmp_path / "whole").iterdir():
+        assert file.read_bytes() == (tmp_path / "s" / file.name).read_bytes(), file.name
