@@ -1,0 +1,8 @@
+"""The tests' models are in mergedmodels.py."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # for mergedmodels.py

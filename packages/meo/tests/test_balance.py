@@ -1,0 +1,123 @@
+"""The balance loss is the closed formula, counts once, and two processes give what one gives."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from meo import convert, gating
+from meo.config import MeoConfig
+from meo.converting import banks
+from meo.gate import Decision, balance_loss, decide
+from mergedmodels import dense, ids, merged
+
+
+def cv_squared(values: list[float]) -> float:
+    mean = sum(values) / len(values)
+    variance = sum((v - mean) ** 2 for v in values) / (len(values) - 1)
+    return variance / (mean * mean + 1e-10)
+
+
+@pytest.mark.parametrize("n", [2, 5, 16])
+@pytest.mark.parametrize("groups", [2, 7])
+def test_the_loss_is_the_closed_formula(n: int, groups: int) -> None:
+    config = MeoConfig(experts=n, k=max(1, n // 2), balance_coef=0.3, z_coef=0.2)
+    torch.manual_seed(n)
+    clean, spread = torch.randn(groups, n).double(), torch.rand(groups, n).double() + 0.1
+    torch.manual_seed(0)
+    found = decide(clean, spread, config, True)
+    torch.manual_seed(0)
+    noisy = clean + torch.randn(groups, n, dtype=torch.float64) * spread
+    importance, load, z = [0.0] * n, [0.0] * n, 0.0
+    for b in range(groups):
+        row = noisy[b].tolist()
+        kept = sorted(range(n), key=lambda i: -row[i])[: config.k]
+        total = sum(math.exp(row[i]) for i in kept)
+        for i in range(n):
+            others = sorted((row[j] for j in range(n) if j != i), reverse=True)
+            chance = (clean[b, i].item() - others[config.k - 1]) / spread[b, i].item()
+            load[i] += 0.5 * (1 + math.erf(chance / math.sqrt(2)))
+        for i in kept:
+            importance[i] += math.exp(row[i]) / total
+        z += math.log(sum(map(math.exp, row))) ** 2 / groups
+    expected = 0.3 * (cv_squared(importance) + cv_squared(load)) + 0.2 * z
+    assert balance_loss(found, config).item() == pytest.approx(expected, rel=1e-10)
+
+
+def test_one_group_cannot_be_balanced() -> None:
+    z = torch.randn(1, 4, requires_grad=True)
+    loss = balance_loss(decide(z, torch.ones(1, 4), MeoConfig(experts=4), True), MeoConfig(experts=4))
+    assert loss.item() == 0
+    loss.backward()
+    assert z.grad is not None
+    assert z.grad.isfinite().all()
+
+
+def test_all_experts_selected_means_no_load_to_balance() -> None:
+    config = MeoConfig(experts=3, k=3)
+    found = decide(torch.randn(4, 3), torch.ones(4, 3), config, True)
+    assert torch.equal(found.load, torch.ones(4, 3))
+    equal = Decision(found.idx, torch.full((4, 3), 1 / 3), found.logits, found.load)
+    assert balance_loss(equal, config).item() == pytest.approx(0, abs=1e-9)
+
+
+def test_it_is_given_in_training_and_once_under_checkpointing() -> None:
+    model = merged("llama", level="chunk", gate="noisy-topk")
+    with gating() as seen:
+        model(input_ids=ids(2, 8))
+    assert seen.loss == 0
+    model.train()
+    losses, gradients = [], []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(0)
+        with gating() as seen:
+            out = model(input_ids=ids(2, 8), labels=ids(2, 8), use_cache=False)
+        assert set(seen.balance) == set(banks(model))
+        (out.loss + seen.loss).backward()
+        losses.append(float(seen.loss))
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        model.zero_grad()
+    assert losses[0] > 0
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("init", ["noise", "split", "lora", "copy"])
+def test_gates_learn_from_the_first_step_on_unless_experts_are_alike(init: str) -> None:
+    model = convert(dense("bert"), init=init, gate="topk", balance_coef=0.0).train()
+    model(input_ids=ids(4, 8), labels=ids(4, 8)).loss.backward()
+    largest = max(float(bank.w_gate.grad.abs().max()) for bank in banks(model).values())
+    assert largest < 1e-5 if init == "copy" else largest > 1e-5
+
+
+def _process(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", world_size=2, rank=rank)
+    loss, gradient = _balance(slice(rank, None, 2))
+    torch.distributed.all_reduce(gradient)  # as DDP: the mean of the gradients
+    torch.save((loss, gradient / 2), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def _balance(rows: slice) -> tuple[float, Any]:
+    torch.manual_seed(0)
+    logits, weight = torch.randn(6, 4), torch.randn(4, 4, requires_grad=True)
+    config = MeoConfig(experts=4, gate="topk")
+    loss = balance_loss(decide(logits[rows] @ weight, None, config, True), config)
+    loss.backward()
+    return loss.item(), weight.grad
+
+
+@pytest.mark.slow
+def test_two_processes_balance_as_one(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_process, (str(tmp_path),), nprocs=2)
+    loss, gradient = _balance(slice(None))
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert found[0] == pytest.approx(loss, rel=1e-6)
+        torch.testing.assert_close(found[1], gradient)

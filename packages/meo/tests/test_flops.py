@@ -1,0 +1,51 @@
+"""The formula gives the paper's figures and agrees with torch's counter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from meo import convert
+from meo.flops import SIZES, count, named, sizes_of
+from mergedmodels import GPT2, GROUPED, SMALL
+
+from model_hooks import RequestError
+from paper_tables.metrics import flops
+
+
+@pytest.mark.parametrize(("size", "how", "giga"), [
+    ("base", {}, 28.50), ("base", {"method": "moe", "k": 4}, 71.99), ("base", {"method": "meo", "k": 4}, 28.73),
+    ("base", {"method": "meo", "k": 4, "additions": True}, 28.90), ("base", {"method": "meo", "k": 1}, 28.56),
+    ("large", {}, 87.19), ("large", {"method": "moe", "k": 32}, 1684.92),
+    ("small", {}, 7.42), ("small", {"method": "moe", "k": 32}, 74.0),
+])  # fmt: skip
+def test_the_papers_figures(size: str, how: dict[str, object], giga: float) -> None:
+    assert count(SIZES[size], **how)["total"] / 1e9 == pytest.approx(giga, abs=0.01)
+
+
+@pytest.mark.parametrize(("model", "config", "values"), [
+    ("BertForMaskedLM", "BertConfig", SMALL), ("LlamaForCausalLM", "LlamaConfig", GROUPED),
+    ("GPT2LMHeadModel", "GPT2Config", GPT2), ("OPTForCausalLM", "OPTConfig", {**SMALL, "ffn_dim": 64}),
+])  # fmt: skip
+def test_torchs_counter_agrees(model: str, config: str, values: dict[str, object]) -> None:
+    built = getattr(transformers, model)(getattr(transformers, config)(**values)).eval()
+    rotary = 2 * 16 * 4 if model.startswith("Llama") else 0  # positions times frequencies
+    expected = count(sizes_of(built.config), batch=2, tokens=16)["total"]
+    assert flops(built, torch.ones(2, 16, dtype=torch.long)) == expected + rotary
+
+
+def test_torchs_counter_sees_the_merges() -> None:
+    """With order merge and all experts selected; torch counts k additions where k - 1 are needed."""
+    config = transformers.BertConfig(**SMALL)
+    model = convert(transformers.BertForMaskedLM(config), experts=4, k=4, order="merge", gate="topk").eval()
+    small = 2 * 2 * (2 * 2 * (32 + 64) * 4)  # layers, (gates and biases): [2 rows, width] x [width, 4] and back
+    surplus = 2 * 2 * 2 * 32 * 64  # rows, layers, linears, weights
+    meo = count(sizes_of(config), method="meo", k=4, batch=2, tokens=16, additions=True)["total"]
+    assert flops(model, torch.ones(2, 16, dtype=torch.long)) == meo + small + surplus
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(RequestError, match="did you mean 'base'"):
+        named("bas")
+    with pytest.raises(RequestError, match="did you mean 'moe'"):
+        count(SIZES["base"], method="mo")
