@@ -15,12 +15,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from superfiltering import cli
 from superfiltering.cli import app
 from superfiltering.train import TrainConfig, main, train
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from instruct_data.completions import completions
 from instruct_data.records import read
 from instruct_data.templates import template
 from model_hooks import RequestError, load
@@ -28,7 +30,7 @@ from paper_tables.errors import TableError
 from paper_tables.launch import deepspeed_file
 
 pytest.importorskip("trl", reason="needs the extra [train]")
-from superfiltering import sft
+from paper_tables import sft
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 QUICK: dict[str, Any] = {
@@ -62,7 +64,8 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
 def trainer_of(weak: Path, data: str, output: Path, **changes: Any) -> Any:
     wanted = config(weak, data, output, **changes)
     model, tokenizer = load(weak, dtype="float32")
-    return sft.trainer_of(wanted, sft.arguments(wanted, None), model, tokenizer, sft.rows_of(wanted, tokenizer))
+    rows = completions(data, wanted.schema, wanted.template, tokenizer)
+    return sft.trainer_of(wanted, sft.arguments(wanted, None, "superfiltering"), model, tokenizer, rows)
 
 
 def test_a_student_learns_and_is_an_ordinary_checkpoint(weak: Path, data: str, tmp_path: Path, capfd: Any) -> None:
@@ -273,8 +276,8 @@ def test_the_shipped_configuration_runs(weak: Path, data: str, tmp_path: Path, c
 
 def test_shipped_deepspeed_files_are_found() -> None:
     for stage, name in ((2, "zero2"), (3, "zero3"), (3, "zero3-offload")):
-        file = deepspeed_file(sft.__file__, name)
+        file = deepspeed_file(cli.__file__, name)
         assert file is not None
         assert json.loads(Path(file).read_text())["zero_optimization"]["stage"] == stage
     with pytest.raises(TableError, match="zero2, zero3, zero3-offload"):
-        deepspeed_file(sft.__file__, "zero4")
+        deepspeed_file(cli.__file__, "zero4")

@@ -10,7 +10,7 @@ from itertools import pairwise
 from urllib.parse import parse_qsl
 
 import pytest
-from viewer_chromium import CHROMIUM, Browser, Tab
+from viewer_chromium import CHROMIUM, Tab
 
 from instruct_data.viewer import write_page
 
@@ -18,29 +18,6 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="needs chromium, chromium-browser or google-chrome on the PATH"),
     pytest.mark.timeout(300),
 ]
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    browser = Browser(tmp_path_factory.mktemp("profile"))
-    yield browser
-    browser.close()
-
-
-@pytest.fixture
-def show(browser, tmp_path):
-    """Writes rows as a page and opens it; nothing may go wrong in the page, and nothing be loaded by it."""
-    tabs = []
-
-    def open_page(rows, hash="", before="", width=1400, **options):
-        path = write_page(rows, tmp_path / "page.html", **({"title": "A page"} | options))
-        tabs.append(Tab(browser, path, hash, before, width))
-        return tabs[-1]
-
-    yield open_page
-    for tab in tabs:
-        assert tab.errors() == []
-        tab.close()
 
 
 def records(count=60):

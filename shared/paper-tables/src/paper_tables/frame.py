@@ -14,7 +14,7 @@
 A command is a plain typed function that returns what it found: the frame prints it as a small table, or as JSON with
 `--json`. Every command takes `--config FILE.yaml` (keys are the names of its options, with `_` or `-`; the line
 overrides the file), `--quiet`, `--json` and `--debug`. Exit codes: 0 done; 1 the work failed; 2 the request was wrong
-(one line on stderr); 130 interrupted. An exception with `exit_code = 2` is a wrong request, whoever raises it.
+(one line on stderr); 130 interrupted. An exception with an `exit_code`, whoever raises it, ends with that one.
 """
 
 from __future__ import annotations
@@ -216,9 +216,10 @@ def _errors(debug: bool) -> Iterator[None]:
                   "left half-written: free some and run again", 1)  # fmt: skip
         if isinstance(error, BrokenPipeError):
             raise typer.Exit(1) from None
-        hint = "" if debug or isinstance(error, WorkFailed) else " (--debug shows the traceback)"
-        message = str(error) if isinstance(error, WorkFailed) else one_line(error)
-        _stop(f"{message}{hint}", error.exit_code if isinstance(error, WorkFailed) else 1)
+        code = getattr(error, "exit_code", None)
+        if isinstance(code, int):
+            _stop(str(error), code)
+        _stop(f"{one_line(error)}{'' if debug else ' (--debug shows the traceback)'}", 1)
 
 
 def _stop(message: str, code: int) -> None:

@@ -33,7 +33,7 @@ class _LiveBytes(TorchDispatchMode):
         return out
 
     def _follow(self, storage: Any) -> None:
-        if storage in self._seen:
+        if storage in self._seen or storage.device.type == "meta":
             return
         self._seen.add(storage)
         size = storage.nbytes()

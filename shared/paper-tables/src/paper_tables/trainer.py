@@ -69,6 +69,14 @@ def checkpoint_of(run: Run) -> Path | None:
     return found
 
 
+def collate(rows: list[Any]) -> dict[str, Any]:
+    """Sequences [T] as a batch. Trainer scores only what has labels; models shift them themselves."""
+    import torch
+
+    ids = torch.stack(rows)  # [batch, T]
+    return {"input_ids": ids, "labels": ids}
+
+
 class Log(TrainerCallback):  # type: ignore[misc]
     """Keeps the log as JSON lines. A run that goes on begins with the lines that its checkpoint knows of."""
 

@@ -158,8 +158,79 @@ def split(run: Any, found: Any, unit: str) -> tuple[Any, Any]:
     return found[: -run.heldout_samples], found[-run.heldout_samples :]
 
 
+def token_sequences(run: Any, model: Any, tokenizer: Any) -> dict[str, Any]:
+    """Token ids "train" [n, length] and "heldout" [m, length] of `run.data`, or of `run.heldout` where that is named.
+
+    `run` has data, samples, length, heldout and heldout_samples. Raises `RequestError`.
+    """
+    from model_hooks.text import load_sequences
+
+    refuse_longer_than_context(run, model)
+    if run.heldout:
+        heldout = load_sequences(tokenizer, run.heldout, samples=run.heldout_samples, length=run.length)
+        train = load_sequences(tokenizer, run.data, samples=run.samples, length=run.length)
+        return {"train": train, "heldout": heldout}
+    wanted = run.samples + run.heldout_samples
+    ids = load_sequences(tokenizer, run.data, samples=wanted, length=run.length)
+    train, heldout = split(run, ids, "sequences")
+    return {"train": train.clone(), "heldout": heldout.clone()}
+
+
 def refuse_longer_than_context(run: Any, model: Any) -> None:
     """Raise `RequestError` where `run.length` is more than the model's context."""
     context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
     if run.length > context:
         raise RequestError(f"length {run.length} is more than the model's context of {context} tokens")
+
+
+@dataclass(frozen=True)
+class SftRun(Run):
+    """What to fine-tune, on which records, and how; `paper_tables.sft` does it.
+
+    Args:
+        model: Hub id, checkpoint folder or zoo:NAME.
+        data: Records: a file, a folder of datasets, a hub name or zoo:pairs.
+        output: Folder for the student: an ordinary checkpoint with a model card.
+        template: How a record becomes a prompt: none, alpaca, vicuna or chat.
+        schema: Of the records; auto tells it from the first.
+        max_length: Tokens of prompt and answer; what is longer is cut.
+        deepspeed: zero2, zero3, zero3-offload or a file; needs a launcher (torchrun, deepspeed).
+        seed: Of the order of the records.
+
+    Raises:
+        RequestError: a value is not accepted.
+    """
+
+    data: str = ""
+    template: str = "alpaca"
+    schema: str = "auto"
+    max_length: int = 2048
+    epochs: float = 3.0
+    learning_rate: float = 2e-5
+    accumulation: int = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.data:
+            raise RequestError("data must be given: the records to learn from")
+        self.at_least(2, "max_length")
+        if not self.learning_rate:
+            raise RequestError("learning_rate is 0; a number above 0 is needed")
+
+
+@dataclass(frozen=True)
+class PreferenceRun(SftRun):
+    """A run that can also learn from preferences.
+
+    Args:
+        preferred: The records are pairs of a chosen and a rejected answer, learned from by DPO.
+        beta: Of DPO: how closely the student stays at the model it began as.
+    """
+
+    preferred: bool = False
+    beta: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.beta > 0:
+            raise RequestError(f"beta is {self.beta}; a number above 0 is needed")

@@ -104,11 +104,13 @@ function drawChange(before, after, record, terms) {
 function changeBody(view, before, after, record, terms) {
   const [old, fresh] = [record[before], record[after]];
   if (view === "before" || view === "after") return [drawValue(view === "before" ? old : fresh, terms)];
-  const pieces = wordDiff(old, fresh);
+  const pieces = wordDiff(old, fresh), compared = data.facts ? comparedFacts(old, fresh) : null;
+  const marked = (text) => (compared ? withFacts(text, compared) : [text]);
   const words = (without) => el("div", { className: "words", dir: "auto" }, ...pieces.filter(({ kind }) => kind !== without)
-    .map(({ kind, text }) => (kind === "same" ? text : el(kind === "old" ? "del" : "ins", { textContent: text }))));
+    .flatMap(({ kind, text }) => (kind === "same" ? marked(text) : [el(kind === "old" ? "del" : "ins", {}, ...marked(text))])));
   if (old === fresh) return [el("p", { className: "soft", textContent: "Unchanged." }), words(null)];
-  return view === "marked" ? [words(null)] : [el("div", { className: "beside" }, words("new"), words("old"))];
+  const line = compared ? [factLine(compared)] : [];
+  return [...line, view === "marked" ? words(null) : el("div", { className: "beside" }, words("new"), words("old"))];
 }
 
 function drawSide(columns, record) {

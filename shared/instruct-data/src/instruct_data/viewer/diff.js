@@ -1,7 +1,8 @@
 // A word diff: the shortest script of kept, deleted and inserted words (Myers, "An O(ND) difference algorithm", 1986).
 
-// Words, single CJK characters (which have no spaces between them), runs of space, and any other character by itself.
-const WORDS = /\s+|[\p{sc=Han}\p{sc=Hira}\p{sc=Kana}]|(?:(?![\p{sc=Han}\p{sc=Hira}\p{sc=Kana}])[\p{L}\p{M}\p{N}_])+|[^]/gu;
+// Links, numbers with their signs, words, single CJK characters (which have no spaces between them), runs of space, and any
+// other character by itself.
+const WORDS = /\s+|https?:\/\/[^\s)>\]]+|\d[\d,.]*\d|[\p{sc=Han}\p{sc=Hira}\p{sc=Kana}]|(?:(?![\p{sc=Han}\p{sc=Hira}\p{sc=Kana}])[\p{L}\p{M}\p{N}_])+|[^]/gu;
 const MOST_EDITS = 2500; // beyond it the texts have too little in common to show word by word
 
 // [{kind: "same" | "old" | "new", text}]: "same" and "old" together are `before`, "same" and "new" are `after`.

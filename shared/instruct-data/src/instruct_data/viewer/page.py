@@ -16,7 +16,7 @@ from model_hooks.files import atomic_write
 from .columns import BLOCK, Column, Gathered, Texts, encode, gather, kind_of, pairs
 from .values import is_number, packed, plain
 
-SCRIPTS = ("data.js", "state.js", "filter.js", "plot.js", "list.js", "diff.js", "detail.js", "main.js")
+SCRIPTS = ("data.js", "state.js", "filter.js", "plot.js", "list.js", "diff.js", "facts.js", "detail.js", "main.js")
 
 
 def write_page(
@@ -28,6 +28,7 @@ def write_page(
     text: Sequence[str] = ("instruction", "input", "response"),
     columns: Sequence[str] | None = None,
     summary: Mapping[str, Any] | None = None,
+    facts: bool = False,
 ) -> Path:
     """Write `rows` to `path` as one HTML page that needs no server and no network. Returns the path.
 
@@ -39,6 +40,7 @@ def write_page(
     columns: the other columns to keep, in this order (default: all). What they are (numbers, categories, short labels,
         texts) is told from their values.
     summary: a few figures for the page's top, such as the model and the counts.
+    facts: mark numbers, links and names in changes: those that are kept, lost, and new.
 
     At most 400,000 rows. The texts are held packed, the rest of the rows unpacked, about 100 bytes a value. The file is
     written whole or not at all. Raises `RequestError` if no row has the column `score`, if it holds anything but
@@ -60,6 +62,7 @@ def write_page(
         "text": shown,
         "characters": sum(c.values.characters for c in gathered.columns.values() if isinstance(c.values, Texts)),
         "pairs": changes,
+        "facts": facts,
         "summary": [[str(key), plain(value)] for key, value in (summary or {}).items()],
         "columns": [encode(c, kinds[name], name in shown[:1] + shown[-1:]) for name, c in gathered.columns.items()],
     }

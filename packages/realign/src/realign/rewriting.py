@@ -1,0 +1,197 @@
+"""One record from question and answer to the answer that is kept (the paper's step 3, reformatting)."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from instruct_data import Example, Record
+from instruct_data.llm import Client, Request, ask_parsed
+from instruct_data.llm.structured import Parsed
+from model_hooks.errors import RequestError
+
+from .classify import Classifier
+from .filters import Change, refuse
+from .prompts import REVISION, REVISION_LENIENT, VERSION, rewriting
+from .retrieval import Evidence, Retriever, evidence_for
+from .taxonomy import Task, Taxonomy
+
+ORIGINAL = "realign_original"  # the column of the answer as it was
+SELECT = ("filter-then-longest", "longest", "first")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How answers are rewritten. The defaults are the published ones, but for `select` (published: longest) and
+    `filters`."""
+
+    model: str
+    temperature: float = 0.3
+    top_p: float = 1.0
+    max_tokens: int = 2048
+    candidates: int = 2
+    select: str = "filter-then-longest"
+    filters: tuple[str, ...] = ()
+    adaptive: bool = True
+    turns: str = "last"
+
+    def __post_init__(self) -> None:
+        if self.select not in SELECT:
+            raise RequestError(f"select {self.select!r}; choose {', '.join(SELECT)}")
+        if self.turns not in ("last", "none"):
+            raise RequestError(f"turns {self.turns!r}; give last or none (conversations stay as they are)")
+        if self.candidates < 1 or self.max_tokens < 1:
+            raise RequestError("candidates and max_tokens must be at least 1")
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        return {"temperature": self.temperature, "top_p": self.top_p, "max_tokens": self.max_tokens}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a record.
+
+    status: rewrite or original. text: the new answer, None for an original. reason: why an original stays, "" for a
+    rewrite: not_rewritten (its task never is), unsuitable (the model says that the format does not suit), unchanged,
+    failed, truncated, parse_failed, rejected (reject_reason is what the filters said), conversation or empty.
+    """
+
+    status: str
+    category: str
+    category_score: float | None = None
+    text: str | None = None
+    reason: str = ""
+    reject_reason: str | None = None
+    model: str | None = None
+    prompt_version: str | None = None
+    tokens_in: int = 0
+    tokens_out: int = 0
+    cost: float | None = None
+    request_key: str | None = None
+    evidence: list[str] = field(default_factory=list)
+
+    def columns(self) -> dict[str, Any]:
+        """The side columns of the record."""
+        made = {f"realign_{name}": value for name, value in asdict(self).items() if name != "text"}
+        return made | {"realign_evidence": self.evidence or None}
+
+
+def count_words(text: str) -> int:
+    """Words and signs: what lengths are compared by where no tokenizer is given."""
+    return len(re.findall(r"\w+|[^\w\s]", text))
+
+
+@dataclass
+class Rewriter:
+    """`await rewriter(record)`: the record and its `Outcome`. `tokens` counts those of a text."""
+
+    client: Client
+    recipe: Recipe
+    taxonomy: Taxonomy
+    classifier: Classifier
+    retriever: Retriever | None
+    structured: Callable[[], Any]
+    tokens: Callable[[str], int] = count_words
+
+    async def __call__(self, record: Record) -> tuple[Record, Outcome]:
+        example = record.examples[-1]
+        question = question_of(example)
+        category, score = given_category(record.data, self.taxonomy), None
+        if category is None:
+            category, score = await self.classifier(question)
+        task = self.taxonomy[category]
+        if not task.rewrite:
+            return record, Outcome("original", category, score, reason="not_rewritten")
+        if not example.response.strip():
+            return record, Outcome("original", category, score, reason="empty")
+        if len(record.examples) > 1 and self.recipe.turns == "none":
+            return record, Outcome("original", category, score, reason="conversation")
+        evidence = await self._evidence(record, task, question)
+        return record, await self._rewrite(example, question, task, score, evidence)
+
+    async def _evidence(self, record: Record, task: Task, question: str) -> list[Evidence]:
+        given = given_evidence(record.data)
+        if given:
+            return [Evidence(text, "", rank) for rank, text in enumerate(given, 1)]
+        if self.retriever is None or not task.retrieve or len(record.examples) > 1:
+            return []
+        return await evidence_for(question, self.retriever, self.client.journal)
+
+    async def _rewrite(
+        self, example: Example, question: str, task: Task, score: float | None, evidence: Sequence[Evidence]
+    ) -> Outcome:
+        structured, recipe = await self.structured(), self.recipe
+        messages = rewriting(
+            question, example.response, task.format, [e.text for e in evidence], history=example.history,
+            adaptive=recipe.adaptive, structured=structured,
+        )  # fmt: skip
+        base = Request(
+            "rewrite", recipe.model, messages, recipe.sampling, REVISION.schema if structured else None, VERSION
+        )
+        form = REVISION if structured else REVISION_LENIENT
+        asked = [ask_parsed(self.client.ask, r, form.parse) for r in base.candidates(recipe.candidates)]
+        # all are waited for, also where one of them ends the run: what is in flight is paid for
+        found = await asyncio.gather(*asked, return_exceptions=True)
+        for result in found:
+            if isinstance(result, BaseException):
+                raise result
+        parsed = [result for result in found if isinstance(result, Parsed)]
+        return self._choose(parsed, example.response, question, task, score, evidence)
+
+    def _choose(
+        self, parsed: Sequence[Parsed], original: str, question: str, task: Task, score: float | None,
+        evidence: Sequence[Evidence],
+    ) -> Outcome:  # fmt: skip
+        """The candidate that is kept, or why none is."""
+        prices = self.client.ledger.prices
+        costs = [prices.of(self.recipe.model, reply.usage) for p in parsed for reply in p.replies]
+        told: dict[str, Any] = {
+            "category": task.name, "category_score": score, "model": self.recipe.model, "prompt_version": VERSION,
+            "tokens_in": sum(reply.usage.prompt for p in parsed for reply in p.replies),
+            "tokens_out": sum(reply.usage.completion for p in parsed for reply in p.replies),
+            "cost": None if None in costs else sum(cost for cost in costs if cost is not None),
+            "evidence": [e.text for e in evidence],
+        }  # fmt: skip
+        good = [(p, str(p.value["revised_response"]).strip()) for p in parsed if p.value is not None]
+        if not good:
+            return Outcome("original", reason=parsed[0].problem, request_key=parsed[0].requests[-1].key, **told)
+        names = tuple(dict.fromkeys((*task.checks, *self.recipe.filters)))
+        changes = [Change(question, original, text, task.name, self.tokens(original), self.tokens(text))
+                   for _, text in good]  # fmt: skip
+        refused = [refuse(change, names) for change in changes]
+        order = [i for i, reason in enumerate(refused) if reason is None or self.recipe.select != SELECT[0]]
+        order = order or list(range(len(good)))
+        best = order[0] if self.recipe.select == "first" else max(order, key=lambda i: changes[i].rewritten_tokens)
+        chosen, text = good[best]
+        told["request_key"] = chosen.requests[-1].key
+        value = chosen.value or {}
+        if self.recipe.adaptive and value.get("suitable") is False:
+            return Outcome("original", reason="unsuitable", **told)
+        if text == original.strip():
+            return Outcome("original", reason="unchanged", **told)
+        if refused[best] is not None:
+            return Outcome("original", reason="rejected", reject_reason=refused[best], **told)
+        return Outcome("rewrite", text=text, **told)
+
+
+def question_of(example: Example) -> str:
+    return example.instruction + (f"\n{example.input}" if example.input else "")
+
+
+def given_category(data: Mapping[str, Any], taxonomy: Taxonomy) -> str | None:
+    """The task that the record itself names: by `classify`, as `category`, or as ReAlign's own files do."""
+    first = (data.get("items") or [{}])[0]
+    for value in (data.get("realign_category"), data.get("category"), first.get("category")):
+        if isinstance(value, str) and (name := taxonomy.find(value)):
+            return name
+    return None
+
+
+def given_evidence(data: Mapping[str, Any]) -> list[str]:
+    """The evidence that the record brings: from `retrieve`, or as ReAlign's own files have it."""
+    first = (data.get("items") or [{}])[0]
+    return [str(text) for text in data.get("realign_evidence") or first.get("evidence") or ()]

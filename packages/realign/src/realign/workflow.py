@@ -1,0 +1,283 @@
+"""What the command does: files in, files out, everything resumable. Nothing here is imported before a verb runs."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from instruct_data import Journal, Record, Records, write
+from instruct_data.editing import edited
+from instruct_data.json_stream import dump
+from instruct_data.llm import Client, Endpoint, Ledger, Request, read_key, stream
+from instruct_data.llm.cost import Usage, estimate
+from instruct_data.llm.shards import merge_parts, only, write_part
+from model_hooks.errors import RequestError
+from model_hooks.files import atomic_write
+from paper_tables import progress
+
+from .classify import Asked, Classifier, Likeliest, Local
+from .filters import Change, refuse
+from .linear import SHIPPED, LinearClassifier
+from .prompts import VERSION, rewriting
+from .retrieval import Corpus, Retriever, Serper, evidence_for
+from .rewriting import ORIGINAL, Outcome, Recipe, Rewriter, count_words, given_category, question_of
+from .service import SETTINGS, Service
+from .taxonomy import Taxonomy
+
+
+def classifier_of(name: str, taxonomy: Taxonomy) -> Classifier | None:
+    """local (the shipped one), a file that `classify-train` wrote, or causal:MODEL; None: the model is asked."""
+    if name == "model":
+        return None
+    if name.startswith("causal:"):
+        from model_hooks.loading import load_placed
+
+        return Likeliest(*load_placed(name.removeprefix("causal:"), "auto"), taxonomy)
+    return Local(LinearClassifier.load(SHIPPED if name == "local" else name), taxonomy)
+
+
+def asked(client: Client, model: str, taxonomy: Taxonomy, service: Service) -> Classifier:
+    return Asked(client, model, taxonomy, service.forms(client, model))
+
+
+def _local(name: str, taxonomy: Taxonomy) -> Classifier:
+    found = classifier_of(name, taxonomy)
+    if found is None:
+        raise RequestError(
+            "classifier model needs requests, which are not made here; choose local, or `classify` first"
+        )
+    return found
+
+
+def retriever_of(name: str, key_variable: str = "SERPER_API_KEY") -> Retriever | None:
+    """none, serper, or the file of a corpus."""
+    if name in ("", "none"):
+        return None
+    return Serper(read_key(key_variable)) if name == "serper" else Corpus.read(name)
+
+
+def tokens_of(name: str) -> Callable[[str], int]:
+    """Counts the tokens of a tokenizer, without BOS; words and signs for an empty name."""
+    if not name:
+        return count_words
+    from model_hooks.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(name)
+    return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def rewrite_records(
+    records: Records, output: Path, recipe: Recipe, service: Service, taxonomy: Taxonomy, *, classifier: str = "local",
+    retriever: str = "none", tokenizer: str = "", shard: tuple[int, int] | None = None, bare: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """The pipeline: every record classified, supported by evidence, rewritten and filtered; written in its order."""
+    counts: Counter[str] = Counter()
+    # what is wrong with the request shows before the journal is made
+    sorter, found, tokens, ledger = (
+        classifier_of(classifier, taxonomy), retriever_of(retriever), tokens_of(tokenizer), service.ledger(),
+    )  # fmt: skip
+    with service.client(recipe.model, ledger) as client:
+        rewriter = Rewriter(
+            client, recipe, taxonomy, sorter or asked(client, recipe.model, taxonomy, service), found,
+            service.forms(client, recipe.model), tokens,
+        )  # fmt: skip
+
+        def outcomes() -> Iterator[tuple[Record, Outcome]]:
+            total = records.count()
+            with progress("records rewritten", total if shard is None else None) as bar:
+                for record, outcome in stream(client, rewriter, only(records, shard)):
+                    counts[outcome.reason or outcome.status] += 1
+                    bar.advance()
+                    yield record, outcome
+
+        head = manifest(records, recipe, taxonomy, classifier, retriever, bare)
+        if shard is None:
+            write(output, apply_all(records, outcomes(), bare), like=records, types=types(bare), overwrite=overwrite)
+            counted = {"records": sum(counts.values()), "outcomes": dict(counts)}
+            atomic_write(f"{output}.manifest.json", dump(head | counted | {"sha256": sha256(output)}) + b"\n")
+        else:
+            write_part(output, shard, head, ((r, asdict(o)) for r, o in outcomes()), overwrite)
+        fallbacks = rewriter.classifier.fallbacks
+        return {"output": output, **tell(counts, client.ledger), **({"fallbacks": fallbacks} if fallbacks else {})}
+
+
+def apply_all(records: Records, outcomes: Iterator[tuple[Record, Outcome]], bare: bool) -> Iterator[dict[str, Any]]:
+    for record, outcome in outcomes:
+        yield apply(records.schema.name, record, outcome, bare)
+
+
+def apply(schema: str, record: Record, outcome: Outcome, bare: bool = False) -> dict[str, Any]:
+    """The record with its new answer, if it has one; and the side columns, unless `bare`. The old answer is kept."""
+    data = record.data if outcome.text is None else edited(schema, record.data, response=outcome.text)
+    if bare:
+        return data
+    original = None if outcome.text is None else record.examples[-1].response
+    return {**data, **outcome.columns(), ORIGINAL: original}
+
+
+def types(bare: bool = False) -> dict[str, Any]:
+    """Arrow types of the side columns."""
+    import pyarrow as pa
+
+    texts = ("status", "category", "reason", "reject_reason", "model", "prompt_version", "request_key", "original")
+    found: dict[str, Any] = {f"realign_{name}": pa.string() for name in texts}
+    found |= {"realign_category_score": pa.float64(), "realign_cost": pa.float64()}
+    found |= {"realign_tokens_in": pa.int64(), "realign_tokens_out": pa.int64()}
+    return {} if bare else found | {"realign_evidence": pa.list_(pa.string())}
+
+
+def manifest(
+    records: Records, recipe: Recipe, taxonomy: Taxonomy, classifier: str, retriever: str, bare: bool
+) -> dict[str, Any]:
+    """What decided the result, without any path of this machine or key."""
+    return {
+        "data": Path(records.name).name, "schema": records.schema.name, "recipe": asdict(recipe), "bare": bare,
+        "prompt_version": VERSION, "classifier": Path(classifier).name, "retriever": Path(retriever).name,
+        "taxonomy": hashlib.sha256(repr(list(taxonomy.tasks.values())).encode()).hexdigest()[:16],
+        "versions": {name: version(name) for name in ("realign", "instruct-data")},
+    }  # fmt: skip
+
+
+def sha256(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tell(counts: Counter[str], ledger: Ledger) -> dict[str, Any]:
+    """What to say of a run."""
+    total = sum(counts.values())
+    said: dict[str, Any] = {"records": total, "rewritten": counts["rewrite"], "original": total - counts["rewrite"]}
+    said["why_original"] = [{"reason": k, "records": n} for k, n in counts.most_common() if k != "rewrite"]
+    said["requests"], said["from_journal"] = ledger.sent, ledger.journalled
+    return said | {"account": ledger.rows()}
+
+
+def merge(records: Records, parts: Sequence[Path], output: Path, *, bare: bool, overwrite: bool) -> dict[str, Any]:
+    """Join the parts of a sharded run into what the run in one piece would have written."""
+    counts: Counter[str] = Counter()
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for record, value in merge_parts(records, parts):
+            outcome = Outcome(**value)
+            counts[outcome.reason or outcome.status] += 1
+            yield apply(records.schema.name, record, outcome, bare)
+
+    write(output, rows(), like=records, types=types(bare), overwrite=overwrite)
+    return {"output": output, "records": sum(counts.values()), "rewritten": counts["rewrite"], "parts": len(parts)}
+
+
+def dry_run(
+    records: Records, recipe: Recipe, service: Service, taxonomy: Taxonomy, classifier: str, shard: Any
+) -> dict[str, Any]:
+    """Tokens and price that a run may take, by the length of its texts: nothing is sent, nothing written."""
+    found = _local(classifier, taxonomy)
+    requests, usage = 0, Usage()
+    for record in only(records, shard):
+        example = record.examples[-1]
+        question = question_of(example)
+        name = given_category(record.data, taxonomy) or asyncio.run(found(question))[0]
+        if taxonomy[name].rewrite and example.response.strip():
+            messages = rewriting(question, example.response, taxonomy[name].format, history=example.history)
+            sampling = {
+                **recipe.sampling,
+                "max_tokens": min(recipe.max_tokens, 2 * count_words(example.response) + 200),
+            }
+            each = estimate(Request("rewrite", recipe.model, messages, sampling))
+            requests += recipe.candidates
+            usage += Usage(recipe.candidates * each.prompt, recipe.candidates * each.completion)
+    return {
+        "requests": requests, "prompt_tokens_about": usage.prompt, "completion_tokens_about": usage.completion,
+        "cost_about": service.ledger().prices.of(recipe.model, usage),
+    }  # fmt: skip
+
+
+def classify_records(
+    records: Records, output: Path, taxonomy: Taxonomy, service: Service, classifier: str, model: str, overwrite: bool
+) -> dict[str, Any]:
+    """Add `realign_category` and, where it is defined, `realign_category_score`."""
+    counts: Counter[str] = Counter()
+    local = classifier_of(classifier, taxonomy)
+    with service.client(model, service.ledger()) as client:
+        found = local or asked(client, model, taxonomy, service)
+
+        async def one(record: Record) -> dict[str, Any]:
+            name, score = await found(question_of(record.examples[-1]))
+            counts[name] += 1
+            return {**record.data, "realign_category": name, "realign_category_score": score}
+
+        side = {k: v for k, v in types().items() if k in ("realign_category", "realign_category_score")}
+        write(output, stream(client, one, records), like=records, types=side, overwrite=overwrite)
+        told = [{"task": name, "records": count} for name, count in counts.most_common()]
+        return {"output": output, "records": sum(counts.values()), "fallbacks": found.fallbacks, "tasks": told}
+
+
+def retrieve_records(
+    records: Records, output: Path, taxonomy: Taxonomy, service: Service, retriever: str, classifier: str,
+    overwrite: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Add `realign_evidence` and its sources to the single-turn records whose task asks for it."""
+    found = retriever_of(retriever)
+    if found is None:
+        raise RequestError("retrieve needs --retriever: the file of a corpus, or serper")
+    sorter = _local(classifier, taxonomy)
+    counts: Counter[str] = Counter()
+    with Journal(service.journal, SETTINGS, service.writer) as journal:
+
+        async def one(record: Record) -> dict[str, Any]:
+            question = question_of(record.examples[-1])
+            name = given_category(record.data, taxonomy) or (await sorter(question))[0]
+            wanted = taxonomy[name].retrieve and len(record.examples) == 1
+            evidence = await evidence_for(question, found, journal) if wanted else []
+            counts["supported" if evidence else "nothing found" if wanted else "not asked for"] += 1
+            texts, sources = ([e.text for e in evidence] or None, [e.source for e in evidence] or None)
+            return {**record.data, "realign_evidence": texts, "realign_evidence_sources": sources}
+
+        client = Client(Endpoint(["http://127.0.0.1"]), journal)  # sends nothing: its stream and journal are used
+        side = {
+            "realign_evidence": types()["realign_evidence"],
+            "realign_evidence_sources": types()["realign_evidence"],
+        }
+        write(output, stream(client, one, records), like=records, types=side, overwrite=overwrite)
+    return {"output": output, **counts}
+
+
+def filter_records(
+    records: Records, output: Path, names: Sequence[str], tokenizer: str, overwrite: bool
+) -> dict[str, Any]:
+    """Put back the original of every rewritten answer that the filters refuse."""
+    tokens = tokens_of(tokenizer)
+    counts: Counter[str] = Counter()
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for record in records:
+            original = record.data.get(ORIGINAL)
+            if original is None:
+                counts["original before"] += 1
+                yield record.data
+                continue
+            example = record.examples[-1]
+            change = Change(
+                question_of(example), original, example.response, record.data.get("realign_category") or "",
+                tokens(original), tokens(example.response),
+            )  # fmt: skip
+            reason = refuse(change, names)
+            counts["rewrite" if reason is None else reason.partition(":")[0]] += 1
+            if reason is None:
+                yield record.data
+            else:
+                back = edited(records.schema.name, record.data, response=original)
+                side = {"status": "original", "reason": "rejected", "reject_reason": reason, "original": None}
+                yield back | {f"realign_{name}": value for name, value in side.items()}
+
+    write(output, rows(), like=records, types=types(), overwrite=overwrite)
+    told = [{"outcome": name, "records": count} for name, count in counts.most_common()]
+    return {"output": output, "records": sum(counts.values()), "rewritten": counts["rewrite"], "filters": told}
