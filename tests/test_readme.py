@@ -143,7 +143,7 @@ def test_a_failing_block_fails_with_its_line(tmp_path, monkeypatch):
     with pytest.raises(AssertionError, match=r"README\.md:7 exited 1"):
         run(block, environment.ROOT / "README.md", {}, tmp_path, monkeypatch)
     wrong = readme.Block("bash", "paper-tables run nothing", 9)
-    with pytest.raises(AssertionError, match=r"README\.md:9 exited 2\npaper-tables run nothing"):
+    with pytest.raises(AssertionError, match=r"README\.md:9 exited 2\n\s*paper-tables run nothing"):
         run(wrong, environment.ROOT / "README.md", {}, tmp_path, monkeypatch)
     with pytest.raises(ZeroDivisionError):
         run(readme.Block("python", "1 / 0", 1), environment.ROOT / "README.md", {}, tmp_path, monkeypatch)

@@ -42,7 +42,7 @@ healing.Healer.create_optimizer = create_optimizer
 train.main()
 """
 SETTINGS: dict[str, Any] = {
-    "data": "zoo:calibration", "samples": 24, "length": 64, "heldout_samples": 8, "batch_size": 2, "accumulation": 2,
+    "data": "zoo:calibration", "samples": 16, "length": 64, "heldout_samples": 8, "batch_size": 2, "accumulation": 2,
     "epochs": 2.0, "learning_rate": 1e-3, "save_every": 2, "log_every": 1,
 }  # fmt: skip
 ONE_PROCESS = SETTINGS | {"batch_size": 4}
@@ -50,9 +50,11 @@ ONE_PROCESS = SETTINGS | {"batch_size": 4}
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """zoo:llama in float32, so that runs can be compared closely, and a plan."""
+    """The first six blocks of zoo:llama in float32, so that runs can be compared closely, and a plan."""
     folder = tmp_path_factory.mktemp("inputs")
-    model, tokenizer = load("zoo:llama", dtype=torch.float32)
+    whole, tokenizer = load("zoo:llama", dtype=torch.float32)
+    model = type(whole)(type(whole.config)(**whole.config.to_dict() | {"num_hidden_layers": 6})).eval()
+    assert not model.load_state_dict(whole.state_dict(), strict=False).missing_keys
     save(model, folder / "model", tokenizer, card=Card("zoo:llama", "in float32"), verify=False)
     layers = len(anatomy(model).blocks)
     Plan(layers, attention=(0, layers // 2), mlp=(layers // 2 + 1,)).save(folder / "plan.json")

@@ -18,8 +18,8 @@ pytest.importorskip("deepspeed", reason="needs the extra [train]")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 SETTINGS: dict[str, Any] = {
-    "model": "zoo:llama", "data": "zoo:calibration", "heldout": "zoo:heldout", "samples": 32, "length": 48,
-    "heldout_samples": 8, "batch_size": 2, "accumulation": 2, "max_steps": 4, "layers": "last:6", "noise": 0.0,
+    "model": "zoo:llama", "data": "zoo:calibration", "heldout": "zoo:heldout", "samples": 16, "length": 32,
+    "heldout_samples": 4, "batch_size": 2, "accumulation": 2, "max_steps": 4, "layers": "last:6", "noise": 0.0,
     "log_every": 1, "target_capacity": 0.5,
 }  # fmt: skip
 

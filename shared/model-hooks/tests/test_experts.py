@@ -187,6 +187,17 @@ def test_counts_by_layer_reload_exactly_and_generate(name: str, tmp_path: Path) 
     assert torch.equal(again.generate(ids, **kwargs), again.generate(ids, use_cache=False, **kwargs))
 
 
+def test_the_balance_loss_knows_how_many_experts_are_left() -> None:
+    ids = torch.arange(16).view(1, -1)
+    model = build("mixtral", output_router_logits=True)
+    drop_experts(model, {block: [0, 2, 5] for block in layers_of(model)})
+    found = model(input_ids=ids, labels=ids)
+    assert found.aux_loss.item() > 0
+    assert torch.isfinite(found.loss)
+    drop_experts(model, {next(iter(layers_of(model))): [0, 1]})  # other numbers by layer have no such loss
+    assert model(input_ids=ids, labels=ids).aux_loss is None
+
+
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "deepseek_v3"])
 def test_drops_of_all_kinds_compose_in_any_order(name: str, tmp_path: Path) -> None:
     orders = [("experts", "block", "mlp"), ("mlp", "experts", "block"), ("block", "mlp", "experts")]

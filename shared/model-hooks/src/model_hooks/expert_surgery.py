@@ -122,7 +122,12 @@ def _describe(model: Any, parts: Anatomy, counts: dict[int, int], top_k: int) ->
         key = next(key for key in COUNT_KEYS if key in config.to_dict())
         setattr(config, key, count)
         config.num_experts_per_tok = min(top_k, count)
+        for name, value in (("num_experts", count), ("num_experts_per_tok", config.num_experts_per_tok)):
+            if hasattr(model, name):  # which its balance loss reads
+                setattr(model, name, value)
     else:
+        if getattr(config, "output_router_logits", False):
+            config.output_router_logits = False  # its balance loss wants equally many experts in all layers
         stock = int(next(getattr(config, key) for key in COUNT_KEYS if key in config.to_dict()))
         own = [counts.get(block.index) for block in parts.blocks]
         lean = lean or _new_section(parts)

@@ -77,6 +77,8 @@ def load_run(run: Path) -> tuple[nn.Module, dict[str, Any]]:
     model.load_state_dict(state["model"])
     for parameter in model.parameters():  # not .to(): that would round the rotary frequencies too
         parameter.data = parameter.data.to(torch.bfloat16)
+    if hasattr(model.config, "output_router_logits"):
+        model.config.output_router_logits = False  # for the balance loss in training alone
     return model.eval(), state
 
 
