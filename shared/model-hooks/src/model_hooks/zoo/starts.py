@@ -20,7 +20,10 @@ import torch
 from torch import Tensor, nn
 
 COMMON = 1.0  # size of what all embeddings have in common, relative to what each has of its own
-BACK_SHARE, BACK_SCALE = 3 / 8, 0.35  # this share of the rotary planes tells neighbours apart; slower ones recognise keys
+BACK_SHARE, BACK_SCALE = (
+    3 / 8,
+    0.35,
+)  # this share of the rotary planes tells neighbours apart; slower ones recognise keys
 MATCH_SCALE = 2.5
 INDUCTION_LAYERS = 4  # the layers that start so; more of them only copy the same token again
 WRITE_SCALE, COPY_SCALE = 0.08, 0.2
