@@ -29,7 +29,7 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """For the weights of hidden layers: matrices, or stacks of them [n, rows, columns]; ``weight_decay`` is decoupled."""
+    """For weights of hidden layers: matrices, or stacks of them [n, rows, columns]; ``weight_decay`` is decoupled."""
 
     def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
         super().__init__(list(params), {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
