@@ -1,4 +1,4 @@
-"""Tuning in two processes (gloo on CPU) under ZeRO-2 and ZeRO-3 gives what one process gives."""
+"""Tuning in two processes (gloo on CPU), plain, under ZeRO-2 and under ZeRO-3, gives what one process gives."""
 
 from __future__ import annotations
 
@@ -42,10 +42,11 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
     return output, tune(TuneConfig(**SETTINGS | {"batch_size": 4, "output": output}))
 
 
-@pytest.mark.parametrize("deepspeed", ["zero2", "zero3"])
+@pytest.mark.parametrize("deepspeed", ["", "zero2", "zero3"])
 def test_two_processes(deepspeed: str, alone: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     folder, expected = alone
-    result = launch(tmp_path / "routers", SETTINGS | {"deepspeed": deepspeed})
+    options = SETTINGS | ({"deepspeed": deepspeed} if deepspeed else {})
+    result = launch(tmp_path / "routers", options)
     assert result["steps"] == expected["steps"]
     assert result["trainable"] == expected["trainable"] == 6 * 128
     assert result["base_loss"] == pytest.approx(expected["base_loss"], abs=1e-4)

@@ -77,7 +77,7 @@ def test_on_the_original_labels(tmp_path: Path) -> None:
     rows = json.loads(LABELS.read_text())
     texts, labels = [row["instruction"] for row in rows], [row["category"] for row in rows]
     shipped = measure(LinearClassifier.load(), texts, labels)
-    assert shipped["accuracy"] > 0.53  # by chance 0.02; it has seen none of them
+    assert shipped["accuracy"] > 0.53  # by chance 0.02; trained on none of them, its size chosen with them in sight
     assert shipped["macro_f1"] > 0.52
     found = COMMAND.said("classify-train", LABELS, "-o", tmp_path / "own.npz")
     assert (found["trained_on"], found["heldout"]) == (1256, 139)

@@ -254,8 +254,10 @@ def _fixed_costs(found: Measured, stream: Any, mixtures: Mapping[int, MoeLayer])
     inside = {id(p) for layer in mixtures.values() for p in layer.module.parameters()}
     outside = [(n, p) for n, p in stream.model.named_parameters() if id(p) not in inside]
     found.fixed["bytes"] = float(sum(p.numel() * p.element_size() for _, p in outside))
-    embeddings = stream.model.get_input_embeddings().weight
-    found.fixed["flops"] = float(sum(2 * p.numel() for _, p in outside if p.dim() == 2 and p is not embeddings))
+    embeddings, head = stream.model.get_input_embeddings().weight, stream.model.get_output_embeddings()
+    read = [p for _, p in outside if p.dim() == 2 and p is not embeddings]  # embeddings are looked up, not multiplied
+    tied = [embeddings] if head is not None and head.weight is embeddings else []
+    found.fixed["flops"] = float(sum(2 * p.numel() for p in read + tied))
 
 
 def steps_for(found: Measured, chosen: Mapping[int, Choice], method: str, group: int) -> list[dict[str, Any]]:
