@@ -38,8 +38,9 @@ def test_memory_is_that_of_one_layer_at_any_depth(method: str, sequences: torch.
             slim(tmp_path / f"m{depth}", tmp_path / f"s{depth}", ids, how, workspace=WORKSPACE, batch_size=1)
 
         peaks[depth] = peak_tensor_bytes(work)
-    assert peaks[6] <= 1.5 * layer + 2 * WORKSPACE, peaks[6] / layer  # moments, and copies of those at work
-    assert peaks[6] == pytest.approx(peaks[3], rel=0.15)
+    shares = {"wanda": 1, "gptq": 2}[method]  # of GPTQ's moments copies are at work, too
+    assert peaks[6] <= 1.5 * layer + shares * WORKSPACE, peaks[6] / layer
+    assert peaks[6] == pytest.approx(peaks[3], rel=0.1)
     assert whole > 3 * peaks[6]
 
 
