@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from llm_drop.plan import Plan
 from llm_drop.train import TrainConfig, train
+from processes import Running, flags, ranks
 from safetensors.torch import load_file
 
 from model_hooks import anatomy, load, save
@@ -61,35 +57,10 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"model": str(folder / "model"), "plan": folder / "plan.json"}
 
 
-def launch(output: Path, options: dict[str, Any], script: Path | None = None) -> subprocess.Popen[bytes]:
-    """Two processes; what they say goes to `<output>.log`, since a pipe that nobody reads would stop them."""
-    program = ["-m", "llm_drop.train"] if script is None else [str(script)]
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program, "--json"]
-    for name, value in options.items():
-        flag = f"--{name.replace('_', '-')}"
-        line += [flag] if value is True else [flag, str(value)]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-    with said_file(output).open("wb") as said:
-        return subprocess.Popen(
-            [*line, "--output", str(output)], stdout=said, stderr=said, env=environment | {"OMP_NUM_THREADS": "1"}
-        )
-
-
-def said_file(output: Path) -> Path:
-    return output.with_name(f"{output.name}.log")
-
-
-def finish(process: subprocess.Popen[bytes], output: Path) -> tuple[dict[str, Any], str]:
-    code, said = process.wait(), said_file(output).read_text()
-    assert code == 0, said[-4000:]
-    return json.JSONDecoder().raw_decode(said[said.index('{\n "output"') :])[0], said
-
-
-def kill(process: subprocess.Popen[bytes]) -> None:
-    """Kill the launcher and its workers at one blow, as when a machine loses power."""
-    for each in (psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)):
-        each.kill()
-    process.wait()
+def launch(output: Path, options: dict[str, Any], *program: str) -> Running:
+    """Two processes; what they say goes to `<output>.log`."""
+    program = program or ("-m", "llm_drop.train")
+    return ranks(*program, "--json", "--output", output, *flags(options), log=output.with_name(f"{output.name}.log"))
 
 
 def check_same(many: Path, one: Path, result: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -116,7 +87,7 @@ def check_same(many: Path, one: Path, result: dict[str, Any], expected: dict[str
 def test_zero2_lora_distilled(inputs: dict[str, Any], tmp_path: Path) -> None:
     options, output = {"distill": 0.5, **inputs}, tmp_path / "many"
     expected = train(TrainConfig(output=tmp_path / "one", **ONE_PROCESS, **options))
-    result, _ = finish(launch(output, SETTINGS | options | {"deepspeed": "zero2"}), output)
+    result = launch(output, SETTINGS | options | {"deepspeed": "zero2"}).result()
     check_same(output, tmp_path / "one", result, expected)
 
 
@@ -124,22 +95,18 @@ def test_zero3_full_distilled_goes_on_after_kill(inputs: dict[str, Any], tmp_pat
     options = {"method": "full", "distill": 0.5, **inputs}
     expected = train(TrainConfig(output=tmp_path / "one", **ONE_PROCESS, **options))
     output, work = tmp_path / "many", tmp_path / "many.training"
-    first = launch(output, SETTINGS | options | {"deepspeed": "zero3"})
-    while not (work / "checkpoint-2" / "trainer_state.json").is_file():
-        assert first.poll() is None, said_file(output).read_text()[-4000:]
-        time.sleep(0.01)
-    kill(first)
+    with launch(output, SETTINGS | options | {"deepspeed": "zero3"}) as first:
+        first.wait_for(work / "checkpoint-2" / "trainer_state.json")
     assert not output.exists()
-    result, _ = finish(launch(output, SETTINGS | options | {"deepspeed": "zero3"}), output)
+    result = launch(output, SETTINGS | options | {"deepspeed": "zero3"}).result()
     check_same(output, tmp_path / "one", result, expected)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_fsdp2(method: str, inputs: dict[str, Any], tmp_path: Path) -> None:
-    script = tmp_path / "fsdp_on_cpu.py"
-    script.write_text(FSDP_ON_CPU)
     expected = train(TrainConfig(output=tmp_path / "one", **ONE_PROCESS, **inputs, method=method))
     options, output = SETTINGS | inputs | {"fsdp": True, "method": method}, tmp_path / "many"
-    result, said = finish(launch(output, options, script), output)
-    assert "sharded by DistributedType.FSDP True" in said
+    many = launch(output, options, "-c", FSDP_ON_CPU)
+    result = many.result()
+    assert "sharded by DistributedType.FSDP True" in many.said
     check_same(output, tmp_path / "one", result, expected)
