@@ -1,7 +1,7 @@
 """Programs in processes of their own, forked from one that has imported torch and what trains with it.
 
-A process that starts from nothing spends ten seconds on imports, more than most tests take; a forked one starts at once.
-The server (Python's forkserver, one for each process of pytest) imports other people's packages only and computes
+A process that starts from nothing spends ten seconds on imports, more than most tests take; a forked one starts at
+once. The server (Python's forkserver, one for each process of pytest) imports other people's packages only and computes
 nothing: ours are imported by each process anew, and its random states, threads and process groups are its own.
 
     run("-m", "llm_drop.cli", "score", ..., log=path)            what it printed, after success
@@ -27,7 +27,12 @@ from typing import Any
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 _forked = multiprocessing.get_context("forkserver")
-_forked.set_forkserver_preload(["preloaded"])
+# Heavy modules of other people, none of ours; one that is not installed is passed over, and its tests skip.
+_forked.set_forkserver_preload([
+    "torch.distributed.fsdp", "torch._dynamo", "transformers.trainer", "transformers.models.llama.modeling_llama",
+    "transformers.models.gpt2.modeling_gpt2", "accelerate", "datasets", "peft", "deepspeed", "trl.trainer.sft_trainer",
+    "trl.trainer.dpo_trainer",
+])  # fmt: skip
 
 
 class Running:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import loki
 import pytest
 import torch
 from loki import Basis
+from processes import ranks
 
 import model_hooks
 from model_hooks.text import load_sequences
@@ -56,19 +54,7 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     basis.save(tmp_path / "basis.safetensors")
     torch.save(sequences, tmp_path / "inputs.pt")
     torch.save(prompt, tmp_path / "prompt.pt")
-    (tmp_path / "script.py").write_text(SCRIPT)
-    line = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "script.py",
-        str(CONFIG),
-    ]
-    ran = subprocess.run(line, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr[-3000:]
+    ranks("-c", SCRIPT, CONFIG, log=tmp_path / "log", cwd=tmp_path).finish()
     with loki.session(model, basis, k=0.25, min_length=0, sink=0, recent=0, min_k=0):
         text = model.generate(prompt, max_new_tokens=12, do_sample=False, pad_token_id=1)
     for rank in range(2):

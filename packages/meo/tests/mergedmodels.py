@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from meo.converting import banks, convert
+from transformers import PreTrainedTokenizerFast
+
+from model_hooks.zoo import tokenizer as zoo_tokenizer
 
 VOCAB, HIDDEN, LAYERS = 97, 32, 2
 SMALL: dict[str, Any] = {
@@ -87,3 +91,17 @@ def inputs(name: str, *shape: int, seed: int = 0) -> dict[str, torch.Tensor]:
     if name.startswith(("t5", "bart")):
         found["decoder_input_ids"] = ids(shape[0], shape[1] // 2, seed=seed + 1)
     return found
+
+
+def write(folder: Path, model: str, config: str, values: dict[str, Any]) -> Path:
+    """A random model with a tokenizer of the zoo's vocabulary that also masks, separates and pads."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=zoo_tokenizer.load()._tokenizer, eos_token="<|end|>", pad_token="<|pad|>",
+        **({"mask_token": "<|mask|>", "sep_token": "<|sep|>"} if config == "BertConfig" else {}),
+    )  # fmt: skip
+    tokenizer.save_pretrained(folder)
+    ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    torch.manual_seed(0)
+    built = getattr(transformers, config)(**{**values, "vocab_size": len(tokenizer), **ends})
+    getattr(transformers, model)(built).save_pretrained(folder)
+    return folder

@@ -12,8 +12,7 @@ from commands import Command
 from meo import load
 from meo.cli import app
 from meo.converting import banks
-from mergedmodels import GPT2
-from test_train import write
+from mergedmodels import GPT2, write
 
 meo = Command(app)
 

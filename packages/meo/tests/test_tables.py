@@ -14,8 +14,7 @@ from meo.data import collate, examples, masked, records
 from meo.options import Conversion
 from meo.scoring import evaluate, mean, overlap, rouge, words
 from meo.tables import FIGURES, PAPER, leak_of, run
-from mergedmodels import GPT2, ids, merged
-from test_train import write
+from mergedmodels import GPT2, ids, merged, write
 
 from model_hooks import RequestError
 from paper_tables import Context

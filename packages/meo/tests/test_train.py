@@ -8,16 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from meo import convert, gating, load
 from meo.converting import banks
 from meo.options import Conversion, read_tasks, translate
 from meo.train import TrainConfig, main, train
-from mergedmodels import BART, GPT2, SMALL, T5, dense, merged
-from transformers import PreTrainedTokenizerFast
+from mergedmodels import BART, GPT2, SMALL, T5, dense, merged, write
 
 from model_hooks import RequestError
-from model_hooks.zoo import tokenizer as zoo_tokenizer
 from paper_tables.launch import deepspeed_file
 
 pytest.importorskip("accelerate", reason="needs the extra [train]")
@@ -28,20 +25,6 @@ QUICK: dict[str, Any] = {
     "experts": 4, "k": 2, "samples": 48, "heldout_samples": 16, "length": 24, "batch_size": 8, "max_steps": 8,
     "learning_rate": 1e-2, "log_every": 1, "target_length": 6, "warmup": 0.0,
 }  # fmt: skip
-
-
-def write(folder: Path, model: str, config: str, values: dict[str, Any]) -> Path:
-    """A random model with a tokenizer of the zoo's vocabulary that also masks, separates and pads."""
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=zoo_tokenizer.load()._tokenizer, eos_token="<|end|>", pad_token="<|pad|>",
-        **({"mask_token": "<|mask|>", "sep_token": "<|sep|>"} if config == "BertConfig" else {}),
-    )  # fmt: skip
-    tokenizer.save_pretrained(folder)
-    ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    torch.manual_seed(0)
-    built = getattr(transformers, config)(**{**values, "vocab_size": len(tokenizer), **ends})
-    getattr(transformers, model)(built).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

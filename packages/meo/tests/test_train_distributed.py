@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +10,8 @@ import pytest
 from meo import load
 from meo.converting import banks
 from meo.train import TrainConfig, train
-from mergedmodels import GPT2
-from test_train import write
+from mergedmodels import GPT2, write
+from processes import flags, ranks
 
 pytest.importorskip("accelerate", reason="needs the extra [train]")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -24,16 +21,6 @@ SETTINGS: dict[str, Any] = {
     "heldout_samples": 8, "batch_size": 4, "max_steps": 3, "gate": "topk", "level": "chunk", "chunk": 8,
     "experts": 4, "k": 2, "learning_rate": 1e-2, "log_every": 1, "warmup": 0.0,
 }  # fmt: skip
-
-
-def launch(output: Path, options: dict[str, Any]) -> None:
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "meo.train",
-            "--json", "--output", str(output)]  # fmt: skip
-    for name, value in options.items():
-        line += [f"--{name.replace('_', '-')}", str(value)]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-    done = subprocess.run(line, capture_output=True, text=True, env=environment | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
 
 
 def losses(folder: Path) -> list[dict[str, float]]:
@@ -52,7 +39,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def test_two_processes(alone: tuple[Path, Path], tmp_path: Path) -> None:
     base, one = alone
-    launch(tmp_path / "out", {**SETTINGS, "model": base})
+    options = flags({**SETTINGS, "model": base, "output": tmp_path / "out"})
+    ranks("-m", "meo.train", *options, log=tmp_path / "log").finish()
     expected, found = losses(one), losses(tmp_path / "out")
     assert len(found) == 3
     for a, b in zip(expected, found):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import torch
 from mod_router import IncompatibleRouterError, attach, decide, detach, load, save
 from mod_router.attaching import routers
 from mod_router.merged import merge
+from processes import run
 from routermodels import build, ids, randomise
 from torch import Tensor
 
@@ -93,9 +92,8 @@ def test_in_a_fresh_process(tmp_path: Path) -> None:
     save_file({"ids": x, "logits": logits(model, x)}, tmp_path / "known.safetensors")
     merge(model, tmp_path / "merged")
     for kind in ("adapter", "merged"):
-        line = [sys.executable, "-c", FRESH, tmp_path / kind, kind, tmp_path / "base", tmp_path / "known.safetensors"]
-        done = subprocess.run([str(part) for part in line], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
+        where = (tmp_path / kind, kind, tmp_path / "base", tmp_path / "known.safetensors")
+        run("-c", FRESH, *where, log=tmp_path / "log")
 
 
 @pytest.mark.parametrize("first", ["lora", "routers"])

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from mod_router.tune import TuneConfig, tune
+from processes import flags, ranks
 from safetensors.torch import load_file
 
 pytest.importorskip("deepspeed", reason="needs the extra [train]")
@@ -24,18 +22,6 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def launch(output: Path, options: dict[str, Any]) -> dict[str, Any]:
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
-            "mod_router.tune", "--json", "--output", str(output)]  # fmt: skip
-    for name, value in options.items():
-        line += [f"--{name.replace('_', '-')}", str(value)]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-    done = subprocess.run(line, capture_output=True, text=True, env=environment | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    found = done.stdout
-    return json.JSONDecoder().raw_decode(found[found.index('{\n "output"') :])[0]  # type: ignore[no-any-return]
-
-
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     output = tmp_path_factory.mktemp("alone") / "routers"
@@ -46,7 +32,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
 def test_two_processes(deepspeed: str, alone: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     folder, expected = alone
     options = SETTINGS | ({"deepspeed": deepspeed} if deepspeed else {})
-    result = launch(tmp_path / "routers", options)
+    program = ("-m", "mod_router.tune", "--json", "--output", tmp_path / "routers", *flags(options))
+    result = ranks(*program, log=tmp_path / "log").result()
     assert result["steps"] == expected["steps"]
     assert result["trainable"] == expected["trainable"] == 6 * 128
     assert result["base_loss"] == pytest.approx(expected["base_loss"], abs=1e-4)

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +9,7 @@ import torch
 from moe_compress.slimming import Slimming
 from moe_compress.streaming import slim
 from moemodels import build
+from processes import started
 
 from model_hooks import RequestError
 from paper_tables.memory import peak_tensor_bytes
@@ -63,16 +59,9 @@ def test_a_killed_run_goes_on_to_the_same_bytes(folder: Path, tmp_path: Path) ->
     """kill -9 after the first layers; the same request then makes the files that an uninterrupted run makes."""
 
     arguments = [str(folder), str(tmp_path / "resumed"), "gptq", "60"]
-    killed = subprocess.Popen([sys.executable, "-c", RUN, *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"})
     first = tmp_path / "resumed.slimming/00000-000.safetensors"
-    manifest = tmp_path / "resumed.slimming/manifest.json"
-    for _ in range(1200):
-        if manifest.is_file():
-            break
-        assert killed.poll() is None
-        time.sleep(0.1)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    with started("-c", RUN, *arguments, log=tmp_path / "log") as killed:
+        killed.wait_for(tmp_path / "resumed.slimming/manifest.json")
     assert first.is_file()
     assert not (tmp_path / "resumed").exists()
     written = first.stat().st_mtime_ns

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
+from processes import Running, flags, ranks
 from safetensors.torch import load_file
 from superfiltering.train import TrainConfig, train
 
@@ -36,33 +32,10 @@ def inputs(tmp_path: Path, model_of: Any, alpaca: Any, lines: Any) -> dict[str, 
     return {"model": str(tmp_path / "model"), "data": lines(tmp_path / "data.jsonl", alpaca(24))}
 
 
-def launch(output: Path, options: dict[str, Any]) -> subprocess.Popen[bytes]:
-    """Two processes; what they say goes to `<output>.log`, since a pipe that nobody reads would stop them."""
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-            "-m", "superfiltering.train", "--json", "--output", str(output)]  # fmt: skip
-    for name, value in options.items():
-        line += [f"--{name.replace('_', '-')}", str(value)]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-    with said_file(output).open("wb") as said:
-        return subprocess.Popen(line, stdout=said, stderr=said, env=environment | {"OMP_NUM_THREADS": "1"})
-
-
-def said_file(output: Path) -> Path:
-    return output.with_name(f"{output.name}.log")
-
-
-def finish(process: subprocess.Popen[bytes], output: Path) -> dict[str, Any]:
-    code, said = process.wait(), said_file(output).read_text()
-    assert code == 0, said[-4000:]
-    assert said.count('{\n "output"') == 1  # one process tells the result
-    return dict(json.JSONDecoder().raw_decode(said[said.index('{\n "output"') :])[0])
-
-
-def kill(process: subprocess.Popen[bytes]) -> None:
-    """Kill the launcher and its workers at one blow, as when a machine loses power."""
-    for each in (psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)):
-        each.kill()
-    process.wait()
+def launch(output: Path, options: dict[str, Any]) -> Running:
+    """Two processes; what they say goes to `<output>.log`."""
+    program = ("-m", "superfiltering.train", "--json", "--output", output, *flags(options))
+    return ranks(*program, log=output.with_name(f"{output.name}.log"))
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:
@@ -84,18 +57,15 @@ def check_same(many: Path, one: Path, result: dict[str, Any], expected: dict[str
 def test_zero2(inputs: dict[str, Any], tmp_path: Path) -> None:
     expected = train(TrainConfig(output=tmp_path / "one", **ONE_PROCESS, **inputs))
     output = tmp_path / "many"
-    result = finish(launch(output, SETTINGS | inputs | {"deepspeed": "zero2"}), output)
+    result = launch(output, SETTINGS | inputs | {"deepspeed": "zero2"}).result()
     check_same(output, tmp_path / "one", result, expected)
 
 
 def test_zero3_goes_on_after_a_kill(inputs: dict[str, Any], tmp_path: Path) -> None:
     expected = train(TrainConfig(output=tmp_path / "one", **ONE_PROCESS, **inputs))
     output, work = tmp_path / "many", tmp_path / "many.training"
-    first = launch(output, SETTINGS | inputs | {"deepspeed": "zero3"})
-    while not (work / "checkpoint-2" / "trainer_state.json").is_file():
-        assert first.poll() is None, said_file(output).read_text()[-4000:]
-        time.sleep(0.01)
-    kill(first)
+    with launch(output, SETTINGS | inputs | {"deepspeed": "zero3"}) as first:
+        first.wait_for(work / "checkpoint-2" / "trainer_state.json")
     assert not output.exists()
-    result = finish(launch(output, SETTINGS | inputs | {"deepspeed": "zero3"}), output)
+    result = launch(output, SETTINGS | inputs | {"deepspeed": "zero3"}).result()
     check_same(output, tmp_path / "one", result, expected)
