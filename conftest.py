@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
+import sys
 import tempfile
 
 import pytest
@@ -12,6 +14,9 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Tests start many processes: the first compiles what it imports, the others read that, however the machine is set.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 if not os.path.exists("/dev/nvidiactl"):  # Triton kernels are then run by its interpreter, which is chosen once
     os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ.setdefault("LEAN_KERNELS_AUTOTUNE", "0")
@@ -33,6 +38,12 @@ def pytest_configure(config: pytest.Config) -> None:
     # For a plain pytest, whose plugins may be fewer than those that the options in pyproject.toml are for.
     if not config.pluginmanager.hasplugin("timeout"):
         config.addinivalue_line("markers", "timeout(seconds): the longest that the test may take")
+
+
+def pytest_collection_finish() -> None:
+    # What was imported so far stays; a collection that looks through all of it takes a third of a second.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
