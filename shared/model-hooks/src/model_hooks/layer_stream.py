@@ -7,11 +7,11 @@ fused, renamed prefixes), is answered by transformers' own loading code, so what
 from __future__ import annotations
 
 import ctypes
-import gc
 import json
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -245,9 +245,13 @@ def _unload(module: nn.Module) -> None:
         for name, p in owner._parameters.items():
             if p is not None:
                 owner._parameters[name] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
-    gc.collect()  # hooks and their watchers hold each other, and with them tensors of the layer
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+    if sys.platform == "linux" and hasattr(libc := _libc(), "malloc_trim"):
         libc.malloc_trim(0)  # else the heap keeps what a layer left, and grows from layer to layer
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 def _alone(tensor: Tensor) -> Tensor:

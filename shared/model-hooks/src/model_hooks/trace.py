@@ -168,4 +168,6 @@ def trace(model: Any, modules: list[nn.Module]) -> list[BlockTrace]:
             f"{type(model).__name__} is not supported: a forward pass of text with an ordinary KV cache failed: "
             f"{reason}"
         ) from error
+    finally:
+        del cache.update  # cache and recorder would hold each other, and all that was recorded, until a collection
     return recorder.traces
