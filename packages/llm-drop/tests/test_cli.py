@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +14,7 @@ from commands import Command
 from llm_drop.cli import app
 from llm_drop.plan import Plan
 from llm_drop.scoring import Scores
+from processes import started
 from transformers import AutoModelForCausalLM
 
 SCORE = ("--data", "zoo:calibration", "--samples", "4", "--length", "64")
@@ -221,12 +218,9 @@ def test_a_killed_scoring_goes_on(folder: Path, room: Path) -> None:
         "--batch-size",
         "1",
     ]
-    process = subprocess.Popen([sys.executable, "-c", slow, *options], cwd=room, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 240
-    while not list(room.glob(".scores.json.journal*")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    with started("-c", slow, *options, log=room / "log") as scoring:
+        while not list(room.glob(".scores.json.journal*")) and scoring.poll() is None:
+            time.sleep(0.01)
     assert list(room.glob(".scores.json.journal*")), "the run ended before it kept anything"
     assert not Path("scores.json").exists()
     assert call(*options).exit_code == 0

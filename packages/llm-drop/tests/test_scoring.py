@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llm_drop.scoring import FORMAT, Scores, data_fingerprint, score
+from processes import started
 from torch import Tensor
 
 from model_hooks import FingerprintMismatch, RequestError, drop, fingerprint, watch
@@ -265,15 +264,11 @@ def killed(folder: str) -> None:
     score(model_of("llama"), ids(8, 9), batch_size=2, journal=Path(folder) / "journal", progress=progress)
 
 
-def in_a_fresh_process(call: str) -> subprocess.CompletedProcess[str]:
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_scoring; test_scoring.{call}"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-
-
 @pytest.mark.slow
 def test_a_run_killed_in_the_middle_goes_on_to_the_same_scores(tmp_path: Path) -> None:
-    done = in_a_fresh_process(f"killed({str(tmp_path)!r})")
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    here = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_scoring"
+    stopped = started("-c", f"{here}; test_scoring.killed({str(tmp_path)!r})", log=tmp_path / "log")
+    assert stopped.wait() == -signal.SIGKILL, stopped.said
     journal, batches = tmp_path / "journal", []
     with pytest.raises(FingerprintMismatch, match="of other data"):
         score(model_of("llama"), ids(8, 9, seed=1), batch_size=2, journal=journal)

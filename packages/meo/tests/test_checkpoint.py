@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from meo import bake, convert, gating, load, save
 from meo.converting import banks
 from meo.deploy import export
 from mergedmodels import FAMILIES, dense, ids, inputs, merged
+from processes import run
 from safetensors.torch import load_file, save_file
 
 from model_hooks import RequestError
@@ -61,8 +60,7 @@ def test_the_stock_class_of_its_type_is_refused_without_meo(tmp_path: Path) -> N
         "import sys, transformers\ntry:\n    transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
         "except ValueError as error:\n    print('refused', 'meo_gpt2' in str(error))"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "m")], capture_output=True, text=True)
-    assert done.stdout.strip() == "refused True", done.stderr[-500:]
+    assert run("-c", code, tmp_path / "m", log=tmp_path / "log").strip().splitlines()[-1] == "refused True"
 
 
 @pytest.mark.parametrize("change", ["missing", "extra", "shape"])

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from processes import started
 from superfiltering.cli import app
 from superfiltering.scores import read_scores, work_folder
 from typer.testing import CliRunner, Result
@@ -25,27 +26,17 @@ from typer.testing import CliRunner, Result
 from instruct_data.scoring.forward import Forward
 
 pytestmark = [pytest.mark.usefixtures("room"), pytest.mark.filterwarnings("ignore:max_length 1024 is lowered")]
-COMMAND = [sys.executable, "-c", "from superfiltering.cli import main; main()"]
-# The same command, once for each line of standard input, with a pause after each batch so that a kill falls among them.
-# Every run is a process of its own, forked from one that has imported everything; its number is printed.
+# The command with a pause after each batch, so that a kill falls among them.
 SLOW = """
-import os, sys, time
+import time
 from instruct_data.scoring.losses import Losses
-from superfiltering import workflow
 from superfiltering.cli import main
-from transformers import AutoModelForCausalLM, AutoTokenizer
 real = Losses.__call__
 def slower(*args, **kwargs):
     time.sleep(0.02)
     return real(*args, **kwargs)
 Losses.__call__ = slower
-for _ in sys.stdin:
-    child = os.fork()
-    if child == 0:
-        main()
-        os._exit(0)
-    print(child, flush=True)
-    print(os.waitpid(child, 0)[1], flush=True)
+main()
 """
 
 
@@ -103,24 +94,17 @@ def half(job: list[str], monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_killed_scoring_goes_on_to_the_same_file(job: list[str], room: Path) -> None:
     said(*job, "-o", "whole.parquet")
     output, draw, kept = Path("scores.parquet"), random.Random(0), []
-    with subprocess.Popen(
-        [sys.executable, "-c", SLOW, *job], cwd=room, env=environment(), text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-    ) as runs:  # fmt: skip
-        assert runs.stdin is not None
-        assert runs.stdout is not None
-        for _ in range(10):
-            before = journalled(output)
-            print("run", file=runs.stdin, flush=True)
-            process = int(runs.stdout.readline())
+    for _ in range(10):
+        before = journalled(output)
+        with started("-c", SLOW, *job, log=room / "log") as scoring:
             while journalled(output) <= before:  # past loading, at the first new batch
-                os.kill(process, 0)  # it still runs
+                assert scoring.poll() is None, scoring.said
                 time.sleep(0.002)
             time.sleep(draw.uniform(0, 0.12))
-            os.kill(process, signal.SIGKILL)
-            assert int(runs.stdout.readline()) == signal.SIGKILL  # that is what ended it
-            assert not output.exists()
-            kept.append(journalled(output))
+            scoring.kill()
+            assert scoring.poll() == -signal.SIGKILL  # that is what ended it
+        assert not output.exists()
+        kept.append(journalled(output))
     assert sorted(set(kept)) == kept  # each life adds to what the ones before have done
     found = said(*job)
     assert found["from_journal"] >= kept[-1] - 2  # a line says how it was done, one may be torn
@@ -210,12 +194,10 @@ main()
 @pytest.mark.slow
 def test_a_file_that_may_not_grow_loses_nothing(job: list[str], room: Path) -> None:
     """As a full disk, where nothing can be mounted: files end at 20 kB (EFBIG)."""
-    result = subprocess.run(
-        [sys.executable, "-c", LIMITED, *job], cwd=room, env=environment(), capture_output=True, text=True
-    )
-    assert result.returncode == 1, result.stderr
-    assert "scores.parquet" in result.stderr
-    assert "Traceback" not in result.stderr
+    limited = started("-c", LIMITED, *job, log=room / "log")
+    assert limited.wait() == 1, limited.said
+    assert "scores.parquet" in limited.said
+    assert "Traceback" not in limited.said
     assert not Path("scores.parquet").exists()
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
     said(*job)
@@ -226,14 +208,10 @@ def test_a_file_that_may_not_grow_loses_nothing(job: list[str], room: Path) -> N
 @pytest.mark.slow
 def test_two_processes_share_the_records_and_the_last_one_writes(job: list[str], room: Path) -> None:
     said(*job, "-o", "whole.parquet", "--budget", "1")  # one by one: bit for bit the same in any share
-    line = [*COMMAND, *job, "--budget", "1", "--json", "--original-jsonl", "o.jsonl"]
+    line = ["-m", "superfiltering.cli", *job, "--budget", "1", "--json", "--original-jsonl", "o.jsonl"]
     told = []
     for rank in ("1", "0"):
-        result = subprocess.run(
-            line, cwd=room, env=environment(RANK=rank, WORLD_SIZE="2"), capture_output=True, text=True
-        )
-        assert result.returncode == 0, result.stderr
-        told.append(json.loads(result.stdout))
+        told.append(started(*line, log=room / "log", RANK=rank, WORLD_SIZE="2").result())
         assert Path("scores.parquet").exists() == (rank == "0")
     assert told[0] == {"waiting_for_ranks": [0]}
     assert (told[1]["records"], told[1]["statuses"]) == (400, "400 ok")

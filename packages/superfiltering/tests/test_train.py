@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from processes import flags, started
 from superfiltering import cli
 from superfiltering.cli import app
 from superfiltering.train import TrainConfig, main, train
@@ -199,15 +195,9 @@ def test_a_killed_process_goes_on_to_the_same_weights(weak: Path, data: str, tmp
     options = {"epochs": 8.0, "save_every": 3}
     train(config(weak, data, tmp_path / "straight", **options))
     stopped = config(weak, data, tmp_path / "killed", **options)
-    line = [sys.executable, "-m", "superfiltering.train", "--output", str(stopped.output), "--quiet"]
-    for name in ("model", "data", *QUICK, *options):
-        line += [f"--{name.replace('_', '-')}", str(getattr(stopped, name))]
-    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (stopped.work / "checkpoint-3" / "trainer_state.json").is_file():
-        assert process.poll() is None, "the run ended before it kept anything"
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    asked = flags({name: getattr(stopped, name) for name in ("model", "data", "output", *QUICK, *options)})
+    with started("-m", "superfiltering.train", *asked, "--quiet", log=tmp_path / "log") as running:
+        running.wait_for(stopped.work / "checkpoint-3" / "trainer_state.json")
     assert not stopped.output.exists()
     train(stopped)
     assert largest_difference(weights(tmp_path / "straight"), weights(stopped.output)) == 0

@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +12,7 @@ import pytest
 import torch
 import transformers
 from families import build, ids, vlm
+from processes import run, started
 from safetensors import safe_open
 
 from model_hooks import Card, RequestError, anatomy, checkpoint, drop, load, save
@@ -36,10 +32,6 @@ def half(name: str) -> Any:
     """Without two attentions and a feed-forward, and with a constant."""
     bias = {("attention", 2): torch.linspace(-1, 1, 32), ("mlp", 1): torch.linspace(1, 0, 32)}
     return drop(build(name), attention=[0, 2], mlp=[1], bias=bias)
-
-
-def python(code: str, *args: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True)
 
 
 def tensors(folder: Path) -> dict[str, int]:
@@ -74,8 +66,7 @@ def test_a_fresh_process_gives_the_same_logits_bit_for_bit(tmp_path: Path) -> No
     for folder, model in models.items():
         save(model, folder, card=CARD)
     torch.save(ids(2, 9), tmp_path / "ids.pt")
-    done = python(FRESH, tmp_path / "ids.pt", *models)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run("-c", FRESH, tmp_path / "ids.pt", *models, log=tmp_path / "log")
     for folder, model in models.items():
         assert torch.equal(torch.load(f"{folder}.logits"), logits(model)), folder.name
 
@@ -91,7 +82,7 @@ for loader in (AutoModelForCausalLM, LlamaForCausalLM, AutoConfig, transformers.
     try:
         loader.from_pretrained(half)
     except Exception as error:
-        print(type(error).__name__, str(error).replace(chr(10), " "))
+        print("refused:", type(error).__name__, str(error).replace(chr(10), " "))
     else:
         raise SystemExit(f"{loader.__name__} loaded it")
 assert "model_hooks" not in sys.modules
@@ -104,10 +95,9 @@ def test_without_us_whole_blocks_load_and_halves_fail_loudly(tmp_path: Path) -> 
     save(blocks, tmp_path / "blocks", card=CARD)
     save(half("llama"), tmp_path / "half", card=CARD)
     torch.save(ids(2, 9), tmp_path / "ids.pt")
-    done = python(WITHOUT_US, tmp_path / "ids.pt", tmp_path / "blocks", tmp_path / "half")
-    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    said = run("-c", WITHOUT_US, tmp_path / "ids.pt", tmp_path / "blocks", tmp_path / "half", log=tmp_path / "log")
     assert torch.equal(torch.load(tmp_path / "blocks.logits"), logits(blocks))
-    auto, stock, *_ = done.stdout.splitlines()
+    auto, stock, *_ = (line for line in said.splitlines() if line.startswith("refused: "))
     assert "lean_llama" in auto
     assert FUSE[1] in stock
 
@@ -289,13 +279,8 @@ save(model, sys.argv[1], card=Card("base", "nothing"))
 @pytest.mark.slow
 def test_killed_while_saving_leaves_no_folder_and_a_rerun_works(tmp_path: Path) -> None:
     target, marker = tmp_path / "out" / "model[1]", tmp_path / "marker"
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(target), str(marker)], stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 240
-    while not marker.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert marker.exists()
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    with started("-c", KILLED, target, marker, log=tmp_path / "log") as saving:
+        saving.wait_for(marker)
     assert not target.exists()
     (left,) = target.parent.iterdir()
     assert (left / "model.safetensors").exists()  # it was in the middle of it
