@@ -119,6 +119,13 @@ def flags(options: Mapping[str, Any]) -> list[str]:
     return words
 
 
+def calling(file: str, call: str) -> str:
+    """Code for `-c` that calls a function of the test file `file`; `rank` is the number of the process."""
+    path = Path(file)
+    start = f"import os, sys; sys.path.insert(0, {str(path.parent)!r}); rank = int(os.environ.get('RANK', 0))"
+    return f"{start}; import {path.stem} as tests; tests.{call}"
+
+
 def started(*program: Any, log: Path, cwd: Path | None = None, **environment: str) -> Running:
     """Start `-m MODULE ARGUMENTS...` or `-c CODE ARGUMENTS...`; what it prints goes to `log`."""
     return Running(program, log, [environment], cwd or Path.cwd())

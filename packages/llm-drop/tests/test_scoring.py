@@ -15,7 +15,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llm_drop.scoring import FORMAT, Scores, data_fingerprint, score
-from processes import started
+from processes import calling, ranks, started
 from torch import Tensor
 
 from model_hooks import FingerprintMismatch, RequestError, drop, fingerprint, watch
@@ -266,8 +266,7 @@ def killed(folder: str) -> None:
 
 @pytest.mark.slow
 def test_a_run_killed_in_the_middle_goes_on_to_the_same_scores(tmp_path: Path) -> None:
-    here = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_scoring"
-    stopped = started("-c", f"{here}; test_scoring.killed({str(tmp_path)!r})", log=tmp_path / "log")
+    stopped = started("-c", calling(__file__, f"killed({str(tmp_path)!r})"), log=tmp_path / "log")
     assert stopped.wait() == -signal.SIGKILL, stopped.said
     journal, batches = tmp_path / "journal", []
     with pytest.raises(FingerprintMismatch, match="of other data"):
@@ -294,7 +293,7 @@ def one_of(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(one_of, args=(str(tmp_path),), nprocs=2)
+    ranks("-c", calling(__file__, f"one_of(rank, {str(tmp_path)!r})"), log=tmp_path / "log").finish()
     alone = score(model_of("llama"), ids(5, 9), batch_size=2, groups=3)
     for rank in (0, 1):
         together = Scores.load(tmp_path / f"{rank}.json")

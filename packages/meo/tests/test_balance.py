@@ -13,6 +13,7 @@ from meo.config import MeoConfig
 from meo.converting import banks
 from meo.gate import Decision, balance_loss, decide
 from mergedmodels import dense, ids, merged
+from processes import calling, ranks
 
 
 def cv_squared(values: list[float]) -> float:
@@ -96,7 +97,7 @@ def test_gates_learn_from_the_first_step_on_unless_experts_are_alike(init: str) 
     assert largest < 1e-5 if init == "copy" else largest > 1e-5
 
 
-def _process(rank: int, folder: str) -> None:
+def process(rank: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", world_size=2, rank=rank)
     loss, gradient = _balance(slice(rank, None, 2))
     torch.distributed.all_reduce(gradient)  # as DDP: the mean of the gradients
@@ -115,7 +116,7 @@ def _balance(rows: slice) -> tuple[float, Any]:
 
 @pytest.mark.slow
 def test_two_processes_balance_as_one(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_process, (str(tmp_path),), nprocs=2)
+    ranks("-c", calling(__file__, f"process(rank, {str(tmp_path)!r})"), log=tmp_path / "log").finish()
     loss, gradient = _balance(slice(None))
     for rank in (0, 1):
         found = torch.load(tmp_path / f"{rank}.pt")

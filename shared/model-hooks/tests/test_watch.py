@@ -12,6 +12,7 @@ import torch
 from families import HIDDEN, LAYERS, VOCAB, build, ids, parent
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import calling, ranks
 from torch import Tensor
 
 from model_hooks import FingerprintMismatch, RequestError, UnsupportedArchitectureError, anatomy, drop
@@ -278,7 +279,7 @@ def one_of(rank: int, world: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_two_processes_end_with_the_sums_of_all_the_data(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(one_of, args=(2, str(tmp_path)), nprocs=2)
+    ranks("-c", calling(__file__, f"one_of(rank, 2, {str(tmp_path)!r})"), log=tmp_path / "log").finish()
     for rank in (0, 1):
         for result, samples in zip(torch.load(tmp_path / f"{rank}.pt"), (5, 1), strict=True):
             assert_close(watched(parent("llama"), ids(samples, 6)), result, 1e-6)
