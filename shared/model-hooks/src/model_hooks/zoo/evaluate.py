@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from model_hooks.zoo.corpus import Document
 
-BATCH_TOKENS = 12_288  # of one forward pass, padding included
+BATCH_TOKENS = 2_048  # of one forward pass, padding included: more no longer fits the caches of a CPU
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
