@@ -156,13 +156,19 @@ def test_code_counts_by_its_files(tmp_path, monkeypatch):
     package, helper = tmp_path / "src" / "made_up", tmp_path / "src" / "made_up_helper.py"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
-    (package / "tables.py").write_text("def run(cell, context):\n    return {'bits': 1.0}\n")
+    (package / "tables.py").write_text(
+        "import made_up_helper, made_up_shared.used\ndef run(cell, context):\n    return {'bits': 1.0}\n"
+    )
+    shared = tmp_path / "src" / "made_up_shared"
+    shared.mkdir()
+    for name in ("__init__", "used", "unused"):
+        (shared / f"{name}.py").write_text("X = 1\n")
     helper.write_text("X = 1\n")
     monkeypatch.syspath_prepend(str(tmp_path / "src"))
     from made_up.tables import run
 
     folder = demo.make_paper(tmp_path, text=SMALL).tables_folder
-    paper = Paper("made-up", folder, run, code=("made_up_helper",))
+    paper = Paper("made-up", folder, run, code=("made_up_helper", "made_up_shared"))
 
     def measured() -> int:
         return run_tables([(paper, paper.tables()["main"])], results=tmp_path / "results").measured
@@ -179,6 +185,15 @@ def test_code_counts_by_its_files(tmp_path, monkeypatch):
     assert (measured(), measured()) == (5, 0)
     helper.write_text("X = 2\n")
     assert (measured(), measured()) == (5, 0)
+    (shared / "unused.py").write_text("X = 2\n")  # what no row imports decides nothing
+    (shared / "new.py").write_text("X = 2\n")
+    assert measured() == 0
+    (shared / "used.py").write_text("X = 2\n")
+    assert (measured(), measured()) == (5, 0)
+    (shared / "words.txt").write_text("data may be read by any of them")
+    assert (measured(), measured()) == (5, 0)
+    (shared / "used.py").unlink()
+    assert measured() == 5
 
 
 def test_a_hub_model_gets_its_revision_when_it_has_come(tmp_path, monkeypatch, counting):

@@ -14,7 +14,7 @@ from .paper import Paper
 from .quantity import Quantity, merge
 from .store import read_results, results_path
 from .table import SCALES, Column, Table
-from .version import code_version, same, unit_key
+from .version import Code, unit_key
 
 ORDER = ("paper", "tiny", "quick")  # of columns, most telling first
 LABELS = {"published": "published", "paper": "paper scale", "tiny": "tiny", "quick": "quick"}
@@ -135,7 +135,7 @@ def figure_text(column: Column, value: float, error: float = 0.0) -> str:
 
 def collect(paper: Paper, table: Table, results: Path) -> TableReport:
     """Everything measured of `table`, in `results` and, where nothing newer is there, among the committed results."""
-    code = code_version(paper)
+    code = Code(paper)
     scales = {}
     for scale in (s for s in ORDER if s in table.scales):
         found = _scale(paper, table, scale, results, code)
@@ -145,7 +145,7 @@ def collect(paper: Paper, table: Table, results: Path) -> TableReport:
     return TableReport(paper, table, scales)
 
 
-def _scale(paper: Paper, table: Table, scale: str, results: Path, code: str) -> ScaleReport:
+def _scale(paper: Paper, table: Table, scale: str, results: Path, code: Code) -> ScaleReport:
     fresh = read_results(results_path(results, paper.name, table.id, scale), paper.name, table.id, scale)
     kept = read_results(paper.committed / table.id / f"{scale}.json", paper.name, table.id, scale)
     machines = {**kept.machines, **fresh.machines}
@@ -154,16 +154,17 @@ def _scale(paper: Paper, table: Table, scale: str, results: Path, code: str) -> 
     used: Counter[str] = Counter()
     for unit in table.units(scale):
         found.units += 1
-        key = unit_key(table, unit.cell, code)
-        records = [r for r in (fresh.units.get(unit.id), kept.units.get(unit.id)) if r]
-        if not records:
+        key = unit_key(table, unit.cell)
+        results_of = [r for r in (fresh, kept) if unit.id in r.units]
+        if not results_of:
             continue
-        record = next((r for r in records if same(r.get("key"), key)), records[0])
+        valid = next((r for r in results_of if r.fresh(unit.id, key, code)), None)
+        record = (valid or results_of[0]).units[unit.id]
         if "values" not in record:
             found.failed[unit.id] = str(record.get("error", "unknown error"))
             continue
         found.measured += 1
-        found.stale += not same(record.get("key"), key)
+        found.stale += valid is None
         used[record["machine"]] += 1
         found.days.append(str(record["measured"])[:10])
         row, seed = unit.cell["row"], unit.cell["seed"]
@@ -228,6 +229,6 @@ def tally(reports: Iterable[TableReport]) -> dict[str, dict[str, int]]:
 
 def progress_of(paper: Paper, table: Table, results: Path) -> Mapping[str, str]:
     """For `list`: units measured of all, by scale."""
-    code = code_version(paper)
+    code = Code(paper)
     found = {s: _scale(paper, table, s, results, code) for s in SCALES if s in table.scales}
     return {s: f"{r.measured}/{r.units}" for s, r in found.items()}

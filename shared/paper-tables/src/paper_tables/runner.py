@@ -21,7 +21,7 @@ from .paper import Context, Paper, check_scale
 from .progress import Bar, progress
 from .store import Results, locked, read_results, results_path, write
 from .table import Table, Unit
-from .version import code_version, same, settle, unit_key
+from .version import Code, digest, settle, unit_key
 
 
 @dataclass
@@ -41,7 +41,7 @@ class _Job:
     table: Table
     path: Path
     results: Results
-    code: str
+    code: Code
     units: list[tuple[Unit, dict[str, Any]]]  # to be measured, each with its key
 
 
@@ -80,15 +80,11 @@ def run_tables(
 def _plan(paper: Paper, table: Table, scale: str, path: Path, force: bool) -> _Job:
     """What is to be measured. Inputs are looked at now, before any unit loads one: a result never gets the key of
     content that came later."""
-    code = code_version(paper)
+    code = Code(paper)
     found = read_results(path, paper.name, table.id, scale)
-    keyed = [(unit, unit_key(table, unit.cell, code)) for unit in table.units(scale)]
-    return _Job(paper, table, path, found, code, [pair for pair in keyed if force or not _fresh(found, *pair)])
-
-
-def _fresh(results: Results, unit: Unit, key: Mapping[str, Any]) -> bool:
-    record = results.units.get(unit.id, {})
-    return "values" in record and same(record.get("key"), key)
+    keyed = [(unit, unit_key(table, unit.cell)) for unit in table.units(scale)]
+    done = {u.id for u, key in keyed if "values" in found.units.get(u.id, {}) and found.fresh(u.id, key, code)}
+    return _Job(paper, table, path, found, code, [pair for pair in keyed if force or pair[0].id not in done])
 
 
 def _run_jobs(jobs: Iterable[_Job], bar: Bar, summary: Summary, report: Callable[[str], None]) -> None:
@@ -128,8 +124,11 @@ def _run_unit(job: _Job, unit: Unit, key: dict[str, Any], context: Context) -> s
     here = machine()  # after the work: that has imported torch, if it uses it
     name = describe(here)
     job.results.machines[name] = here
+    used = job.code.used()
+    job.results.code[digest(used)] = used
     job.results.units[unit.id] = {
-        "key": settle(key, unit_key(job.table, unit.cell, job.code)),  # a hub model may have its revision only now
+        "key": settle(key, unit_key(job.table, unit.cell)),  # a hub model may have its revision only now
+        "code": digest(used),
         "cell": {k: v for k, v in unit.cell.items() if k not in ("package", "table", "scale")},
         **record,
         "seconds": round(time.monotonic() - begun, 3),
@@ -139,10 +138,16 @@ def _run_unit(job: _Job, unit: Unit, key: dict[str, Any], context: Context) -> s
     wanted = [u.id for u in job.table.units(job.results.scale)]
     ordered = {i: job.results.units[i] for i in wanted if i in job.results.units}
     job.results.units = ordered  # in the table's order; rows that the table no longer has go
-    used = {unit_record["machine"] for unit_record in ordered.values()}
-    job.results.machines = {k: v for k, v in job.results.machines.items() if k in used}
+    job.results.machines = _named(job.results.machines, ordered, "machine")
+    job.results.code = _named(job.results.code, ordered, "code")
     write(job.path, job.results.text())
     return failure
+
+
+def _named(found: dict[str, Any], units: Mapping[str, Mapping[str, Any]], field: str) -> dict[str, Any]:
+    """What the records of `units` name in `field`."""
+    names = {record.get(field) for record in units.values()}
+    return {name: value for name, value in found.items() if name in names}
 
 
 def _where(error: BaseException) -> str:
@@ -187,6 +192,7 @@ def publish(tables: Iterable[tuple[Paper, Table]], scale: str, results: Path) ->
     for paper, table in tables:
         found = read_results(results_path(results, paper.name, table.id, scale), paper.name, table.id, scale)
         found.units = {k: v for k, v in found.units.items() if "values" in v}
+        found.code = _named(found.code, found.units, "code")
         if found.units:
             target = paper.committed / table.id / f"{scale}.json"
             write(target, found.text())

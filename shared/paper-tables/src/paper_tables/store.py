@@ -3,30 +3,39 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .errors import TableError
+from .version import Code, same
 
 FORMAT = 1
 
 
 @dataclass
 class Results:
-    """What was measured of one table at one scale. `units`: unit id -> record (key, values or error, ...)."""
+    """What was measured of one table at one scale. `units`: unit id -> record (key, code, values or error, ...);
+    `code`: what `Code.used` gave, by the name that the records have of it."""
 
     package: str
     table: str
     scale: str
     units: dict[str, dict[str, Any]] = field(default_factory=dict)
     machines: dict[str, dict[str, Any]] = field(default_factory=dict)
+    code: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def text(self) -> str:
         head = {"format": FORMAT, "package": self.package, "table": self.table, "scale": self.scale}
-        return json.dumps({**head, "machines": self.machines, "units": self.units}, indent=1, allow_nan=False) + "\n"
+        found = {**head, "machines": self.machines, "code": self.code, "units": self.units}
+        return json.dumps(found, indent=1, allow_nan=False) + "\n"
+
+    def fresh(self, unit: str, key: Mapping[str, Any], code: Code) -> bool:
+        """Is there a record of the unit that was measured under `key` by `code`?"""
+        record = self.units.get(unit, {})
+        return same(record.get("key"), key) and code.holds(self.code.get(record.get("code", "")))
 
 
 def results_path(root: Path, package: str, table: str, scale: str) -> Path:
@@ -43,7 +52,7 @@ def read_results(path: Path, package: str, table: str, scale: str) -> Results:
         raise TableError(f"{path} is not a results file ({error}); move it away and run again") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("units"), dict):
         raise TableError(f"{path} is not a results file of format {FORMAT}; move it away and run again")
-    return Results(package, table, scale, content["units"], content.get("machines", {}))
+    return Results(package, table, scale, content["units"], content.get("machines", {}), content.get("code", {}))
 
 
 def write(path: Path, content: str | bytes) -> None:

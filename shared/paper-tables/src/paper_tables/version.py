@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
@@ -54,24 +55,54 @@ def _tree(folder: Path, skip: tuple[str, ...], without: frozenset[str] = frozens
     return [part for p in kept for part in (p.relative_to(folder).as_posix().encode(), _content(p))]
 
 
-def code_version(paper: Paper) -> str:
-    """Hash of the files that measure: the package's import folder, those of `paper.code`, and ours that measure.
+class Code:
+    """The code that measures a paper's rows, as hashes by name: `used` is what a result is kept with.
 
-    README, tests and tables lie outside of these folders; weights and compiled files in them do not count.
+    Always: the package's import folder, and ours that measure. Of the packages in `paper.code` only the modules that
+    this process has imported, and everything there that is no module, so that a new module beside them makes no
+    result doubtful. README, tests and tables lie outside of these folders; weights and compiled files do not count.
     """
-    module = getattr(paper.run, "__module__", "") or type(paper.run).__module__
-    here = Path(__file__).parent
-    parts = [part for name in OWN if (here / name).is_file() for part in (name.encode(), _content(here / name))]
-    for name in dict.fromkeys((module.partition(".")[0], *paper.code)):
-        spec = importlib.util.find_spec(name) if name and name != "__main__" else None
-        if spec is None or spec.origin is None:
-            continue
-        origin = Path(spec.origin)
-        parts.append(name.encode())
-        parts.extend(
-            _tree(origin.parent, NOT_CODE, NO_CODE_IN) if spec.submodule_search_locations else [_content(origin)]
+
+    def __init__(self, paper: Paper) -> None:
+        here = Path(__file__).parent
+        own = (getattr(paper.run, "__module__", "") or type(paper.run).__module__).partition(".")[0]
+        measuring = [part for n in OWN if (here / n).is_file() for part in (n.encode(), _content(here / n))]
+        self.always = {"paper_tables": _hash(measuring)}
+        self.modules: dict[str, tuple[Path, str]] = {}  # name -> its file and hash
+        for name in dict.fromkeys((own, *paper.code)):
+            spec = importlib.util.find_spec(name) if name and name != "__main__" else None
+            if spec is None or spec.origin is None:
+                continue
+            origin = Path(spec.origin)
+            if not spec.submodule_search_locations:
+                self._add(origin.name, origin)
+            elif name == own:
+                self.always[name] = _hash(_tree(origin.parent, NOT_CODE, NO_CODE_IN))
+            else:
+                self.always[f"{name} (data)"] = _hash(_tree(origin.parent, (*NOT_CODE, ".py"), NO_CODE_IN))
+                for file in sorted(origin.parent.rglob("*.py")):
+                    self._add(f"{name}/{file.relative_to(origin.parent).as_posix()}", file)
+
+    def _add(self, name: str, file: Path) -> None:
+        self.modules[name] = (file.resolve(), _hash([_content(file)]))
+
+    def used(self) -> dict[str, str]:
+        """What counts for a result that this process has just measured; files as they were when this was made."""
+        files = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
+        imported = {Path(file).resolve() for file in files if file}
+        return {**self.always, **{name: text for name, (file, text) in self.modules.items() if file in imported}}
+
+    def holds(self, recorded: Any) -> bool:
+        """Would what was `recorded` by `used` be measured by the same code now?"""
+        now = {**self.always, **{name: text for name, (_, text) in self.modules.items()}}
+        return (
+            isinstance(recorded, Mapping) and self.always.keys() <= recorded.keys() and recorded.items() <= now.items()
         )
-    return _hash(parts)
+
+
+def digest(used: Mapping[str, str]) -> str:
+    """A short name of what `Code.used` gave, under which a results file keeps it once for all of its units."""
+    return _hash([json.dumps(dict(used), sort_keys=True).encode()])
 
 
 def _fingerprint(source: str) -> str:
@@ -107,15 +138,15 @@ def _revision(repo: str) -> str:
     return ""
 
 
-def unit_key(table: Table, cell: Mapping[str, Any], code: str) -> dict[str, Any]:
-    """What a unit's result depends on: hashes of its cell (in any order of keys), of each input, and of the code."""
+def unit_key(table: Table, cell: Mapping[str, Any]) -> dict[str, Any]:
+    """What a unit's result depends on beside code: hashes of its cell (in any order of keys) and of each input."""
     inputs = {
         name: [_fingerprint(str(item)) for item in (value if isinstance(value, list) else [value])]
         for name, value in cell.items()
         if name in table.inputs or (isinstance(value, str) and value.startswith("zoo:"))
     }
     text = json.dumps(dict(cell), sort_keys=True, default=str)
-    return {"cell": _hash([text.encode()]), "code": code, "inputs": inputs}
+    return {"cell": _hash([text.encode()]), "inputs": inputs}
 
 
 def same(recorded: Any, key: Mapping[str, Any]) -> bool:
@@ -123,7 +154,7 @@ def same(recorded: Any, key: Mapping[str, Any]) -> bool:
 
     An input that is not on this machine (a hub model that was not downloaded) is no ground to doubt a result.
     """
-    if not isinstance(recorded, Mapping) or any(recorded.get(part) != key[part] for part in ("cell", "code")):
+    if not isinstance(recorded, Mapping) or recorded.get("cell") != key["cell"]:
         return False
     before, now = recorded.get("inputs"), key["inputs"]
     if not isinstance(before, Mapping) or before.keys() != now.keys():
