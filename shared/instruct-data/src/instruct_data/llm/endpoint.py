@@ -18,13 +18,11 @@ from .cost import estimate
 from .errors import ServiceFailed
 from .rate import Bucket, Sleep, Window, asked_wait, backoff
 from .request import Reply, Request, reply_of
-from .transport import client_of
 
 if TYPE_CHECKING:
     import openai
 
 REPEATED = (408, 409, 429)  # and 5xx
-CONNECTIONS = 8  # of one client: httpcore looks at all of a pool's connections for every request
 FAILURES = 20  # requests in a row that failed for good open the circuit
 
 
@@ -76,12 +74,15 @@ class Endpoint:
         self._clients: list[openai.AsyncOpenAI] = []
 
     def _next_client(self) -> openai.AsyncOpenAI:
-        """Clients take turns, and so do servers."""
+        """Servers take turns. Over aiohttp, since a request costs httpx's own transport twice the time."""
         if not self._clients:
-            pools = max(len(self.base_urls), -(-self.concurrency // CONNECTIONS))
-            for _, url in zip(range(pools), cycle(self.base_urls)):
-                client = client_of(url, self._key, self.timeout)
-                self._clients.append(client)
+            from openai import AsyncOpenAI, DefaultAioHttpClient
+
+            for url in self.base_urls:
+                http = DefaultAioHttpClient(timeout=self.timeout)
+                self._clients.append(
+                    AsyncOpenAI(api_key=self._key, base_url=url, max_retries=0, timeout=self.timeout, http_client=http)
+                )
             self._turns = cycle(self._clients)
         return next(self._turns)
 
@@ -105,6 +106,7 @@ class Endpoint:
 
     async def _attempt(self, request: Request, may_send: Callable[[], None], sleep: Sleep) -> Reply | tuple[str, float]:
         """The reply, or what went wrong and how long the server asks to wait; -1: it would go wrong again."""
+        import aiohttp
         import openai
 
         guess = estimate(request).total
@@ -120,7 +122,7 @@ class Endpoint:
             reply = reply_of(body)
         except openai.APIStatusError as error:
             return self._refusal(error, sent)
-        except (TimeoutError, openai.APIConnectionError) as error:
+        except (TimeoutError, openai.APIConnectionError, aiohttp.ClientError) as error:  # the last: not HTTP at all
             return self._said(error), 0.0
         except (ValueError, openai.APIError) as error:
             return f"no completion in the reply: {self._said(error)}", 0.0
