@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from commands import Command
+from llm_drop import budget
 from llm_drop.cli import app
 from llm_drop.plan import Plan
 from llm_drop.scoring import Scores
@@ -92,7 +93,9 @@ def test_layer_by_layer_scores_are_the_same(folder: Path, scored: Path, room: Pa
     refused("score again with gaps", "plan", "scores.json", "--blocks", 2, "--consecutive", "-o", "p")
 
 
-def test_joint_and_latency_plans(scored: Path) -> None:
+def test_joint_and_latency_plans(scored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    units = {(kind, i): 0.1 for kind in ("attention", "mlp") for i in range(4)}
+    monkeypatch.setattr(budget, "latency_costs", lambda *_, **__: budget.Costs(1.0, units))  # a busy clock may say all
     said("plan", scored, "--joint", 5)
     plan = Plan.load("plan.json")
     assert len(plan.attention) + len(plan.mlp) == 5
