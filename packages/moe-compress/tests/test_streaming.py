@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from moe_compress.slimming import Slimming
 from moe_compress.streaming import slim
 from moemodels import build
-from processes import started
+from processes import run, started
+from safetensors import safe_open
 
 from model_hooks import RequestError
 from paper_tables.memory import peak_tensor_bytes
@@ -100,3 +102,41 @@ def test_a_run_that_stopped_between_two_layers_goes_on_with_the_next(
     slim(folder, tmp_path / "whole", sequences, how)
     for file in (tmp_path / "whole").iterdir():
         assert file.read_bytes() == (tmp_path / "s" / file.name).read_bytes(), file.name
+
+
+RESIDENT = """
+import sys, threading, time, torch
+import llmcompressor.modifiers.pruning.wanda.wanda_sparsify, transformers.models.mixtral.modeling_mixtral
+from pathlib import Path
+from moe_compress.slimming import Slimming
+from moe_compress.streaming import slim
+def now():
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+before = peak = now()
+def look():
+    global peak
+    while True:
+        peak = max(peak, now())
+        time.sleep(0.002)
+threading.Thread(target=look, daemon=True).start()
+how = Slimming("wanda", pattern="2:4", min_tokens=1, group=128)
+slim(sys.argv[1], sys.argv[2], torch.randint(0, 64, (2, 16)), how, workspace=2e7, batch_size=1)
+print("peak", peak - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's count of a process's memory")
+def test_a_checkpoint_is_slimmed_in_a_quarter_of_its_size(tmp_path: Path) -> None:
+    """By all the memory that the process takes beyond its imports, heap and allocator's holes among it."""
+    model = build("mixtral", num_hidden_layers=28, hidden_size=384, intermediate_size=768, vocab_size=64)
+    size = model.to(torch.bfloat16).num_parameters() * 2
+    model.save_pretrained(tmp_path / "m", max_shard_size="10MB")
+    del model
+    said = run("-c", RESIDENT, tmp_path / "m", tmp_path / "s", log=tmp_path / "log")
+    assert int(said.rpartition("peak ")[2]) < size / 4
+    with safe_open(min((tmp_path / "s").glob("*.safetensors")), "pt") as opened:
+        pruned = [opened.get_tensor(key) for key in opened.keys() if ".experts." in key]  # noqa: SIM118
+    assert pruned
+    assert all(bool(((w.view(-1, 4) != 0).sum(-1) <= 2).all()) for w in pruned)

@@ -23,6 +23,8 @@ from .identity import combined, tensor_digest
 from .loading import _auto_class, quiet, resolve
 from .structure import Anatomy, _name_of, _stack, anatomy
 
+M_MMAP_THRESHOLD = -3  # of malloc.h
+
 
 class LayerStream:
     """A checkpoint as a model on the meta device, whose layers get their weights from disk while they are used.
@@ -42,6 +44,7 @@ class LayerStream:
         from transformers.conversion_mapping import get_model_conversion_mapping
 
         self.folder, self.device = _folder(source), device
+        _glibc()
         self.files = self.find_files()  # tensor name -> file
         config = AutoConfig.from_pretrained(self.folder)
         dtype = dtype or getattr(config.get_text_config(decoder=True), "dtype", None) or torch.float32
@@ -245,13 +248,19 @@ def _unload(module: nn.Module) -> None:
         for name, p in owner._parameters.items():
             if p is not None:
                 owner._parameters[name] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
-    if sys.platform == "linux" and hasattr(libc := _libc(), "malloc_trim"):
+    if libc := _glibc():
         libc.malloc_trim(0)  # else the heap keeps what a layer left, and grows from layer to layer
 
 
 @cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None)
+def _glibc() -> ctypes.CDLL | None:
+    """glibc, told to give large tensors back to the system when they are freed: by itself it learns from the first one
+    of up to 32 MiB to keep the next ones in the heap, whose holes a layer's memory then ends in."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if libc is None or not hasattr(libc, "mallopt"):
+        return None
+    libc.mallopt(M_MMAP_THRESHOLD, 4 << 20)
+    return libc
 
 
 def _alone(tensor: Tensor) -> Tensor:
