@@ -10,9 +10,10 @@ import pytest
 from commands import Command
 from realign.cli import app
 from realign.eval import exact_match
-from realign.train import TrainConfig, preferences, train
+from realign.train import TrainConfig, train
 
 from instruct_data import read
+from instruct_data.completions import preferences
 from model_hooks import RequestError, load
 from paper_tables.launch import deepspeed_file
 

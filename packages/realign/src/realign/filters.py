@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from instruct_data.texts import refuses, repeated, script
 from model_hooks.errors import RequestError
 
 LENGTH_SHARE = 0.5  # of the original's tokens; the published threshold
@@ -99,21 +100,20 @@ def kept_facts(change: Change) -> str | None:
 
 def repetition(change: Change) -> str | None:
     """Sequences of 6 words that come again must be no more than a third, unless the original repeats itself too."""
-    share = _repeated(change.rewritten)
-    return f"repetition: {share:.0%}" if share > max(1 / 3, _repeated(change.original)) else None
+    share = repeated(change.rewritten)
+    return f"repetition: {share:.0%}" if share > max(1 / 3, repeated(change.original)) else None
 
 
 def new_refusal(change: Change) -> str | None:
     """A refusal must not take the place of an answer."""
-    pattern = re.compile(r"\b(I('m| am) (sorry|unable)|I can(not|'t) (help|assist|provide|answer)|as an AI\b)", re.I)
-    if pattern.search(change.rewritten[:300]) and not pattern.search(change.original):
+    if refuses(change.rewritten) and not refuses(change.original):
         return "refusal: the original has none"
     return None
 
 
 def same_script(change: Change) -> str | None:
     """The answer must stay in its language, as far as the script tells it (Latin, Cyrillic, CJK ...)."""
-    before, after = _script(change.original), _script(change.rewritten)
+    before, after = script(change.original), script(change.rewritten)
     return f"language: {after} script instead of {before}" if before and after and before != after else None
 
 
@@ -178,22 +178,3 @@ def facts_of(text: str) -> set[str]:
     numbers = {n.replace(",", "").rstrip(".") for n in re.findall(r"\d[\d,.]*", text)}
     names = set(re.findall(r"(?<=[a-z,;] )[A-Z][\w-]+", text))
     return links | numbers | names
-
-
-def _repeated(text: str) -> float:
-    words = text.split()
-    grams = [tuple(words[i : i + 6]) for i in range(len(words) - 5)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-def _script(text: str) -> str:
-    """The script of the most letters; "" where there are fewer than 20 letters."""
-    import unicodedata
-
-    counts: dict[str, int] = {}
-    for letter in text[:2000]:
-        if letter.isalpha():
-            name = unicodedata.name(letter, "").split(" ")[0]
-            name = "CJK" if name in ("HIRAGANA", "KATAKANA") else name
-            counts[name] = counts.get(name, 0) + 1
-    return max(counts, key=lambda name: counts[name]) if sum(counts.values()) >= 20 else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from instruct_data.llm import Form
+from instruct_data.llm import Form, Request
 
 from .taxonomy import Taxonomy
 
@@ -72,6 +72,12 @@ def rewriting(
         {"role": "system", "content": system + (AS_JSON if structured else AS_LABELS)},
         {"role": "user", "content": user},
     )
+
+
+def probe(model: str) -> Request:
+    """The request that shows whether an endpoint keeps to a schema: it must give the object and nothing else."""
+    messages = rewriting("What is 1 + 1?", "2", "One sentence.")
+    return Request("probe", model, messages, {"temperature": 0, "max_tokens": 256}, REVISION.schema, VERSION)
 
 
 def classifying(question: str, taxonomy: Taxonomy) -> tuple[dict[str, str], ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -11,6 +10,8 @@ from typing import Any
 from instruct_data import Example, Record
 from instruct_data.llm import Client, Request, ask_parsed
 from instruct_data.llm.structured import Parsed
+from instruct_data.schemas import question_of
+from instruct_data.texts import count_words
 from model_hooks.errors import RequestError
 
 from .classify import Classifier
@@ -78,11 +79,6 @@ class Outcome:
         """The side columns of the record."""
         made = {f"realign_{name}": value for name, value in asdict(self).items() if name != "text"}
         return made | {"realign_evidence": self.evidence or None}
-
-
-def count_words(text: str) -> int:
-    """Words and signs: what lengths are compared by where no tokenizer is given."""
-    return len(re.findall(r"\w+|[^\w\s]", text))
 
 
 @dataclass
@@ -176,10 +172,6 @@ class Rewriter:
         if refused[best] is not None:
             return Outcome("original", reason="rejected", reject_reason=refused[best], **told)
         return Outcome("rewrite", text=text, **told)
-
-
-def question_of(example: Example) -> str:
-    return example.instruction + (f"\n{example.input}" if example.input else "")
 
 
 def given_category(data: Mapping[str, Any], taxonomy: Taxonomy) -> str | None:

@@ -9,9 +9,12 @@ from statistics import mean, median
 from typing import Any
 
 from instruct_data import Record, Records, write, write_page
+from instruct_data.completions import preference, prompt_messages
+from instruct_data.schemas import question_of
+from instruct_data.texts import count_words
 from model_hooks.errors import RequestError
 
-from .rewriting import ORIGINAL, count_words, question_of
+from .rewriting import ORIGINAL
 
 EXPORTS = ("sft", "preference")
 
@@ -85,16 +88,11 @@ def export(records: Records, output: Path, form: str, overwrite: bool) -> dict[s
     def rows() -> Iterator[dict[str, Any]]:
         for record in _rewritten(records):
             example = record.examples[-1]
-            prompt = [{"role": "system", "content": example.system}] if example.system else []
-            for user, assistant in example.history:
-                prompt += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
-            prompt.append({"role": "user", "content": question_of(example)})
-            answer = [{"role": "assistant", "content": example.response}]
-            original = record.data.get(ORIGINAL)
+            prompt, original = prompt_messages(example), record.data.get(ORIGINAL)
             if form == "sft":
+                answer = [{"role": "assistant", "content": example.response}]
                 yield {"id": record.id, "messages": prompt + answer}
             elif original is not None:
-                rejected = [{"role": "assistant", "content": original}]
-                yield {"id": record.id, "prompt": prompt, "chosen": answer, "rejected": rejected}
+                yield preference(record.id, prompt, example.response, original)
 
     return {"output": output, "records": write(output, rows(), overwrite=overwrite)}

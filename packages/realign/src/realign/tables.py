@@ -13,7 +13,6 @@ Every parameter:
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -98,11 +97,11 @@ def read_problems(cell: Cell, split: str) -> list[dict[str, Any]]:
 
 def realigned(cell: Cell, context: Context, rows: list[dict[str, Any]], others: list[dict[str, Any]]) -> Any:
     """The records as `realign run` rewrites them with the row's teacher."""
+    from instruct_data.llm.service import Service
     from instruct_data.records import read
 
     from .filters import PRESETS
     from .rewriting import Recipe
-    from .service import Service
     from .taxonomy import load_taxonomy
     from .workflow import rewrite_records
 
@@ -113,7 +112,7 @@ def realigned(cell: Cell, context: Context, rows: list[dict[str, Any]], others: 
             model, temperature=0.0 if small else 0.3, max_tokens=cell.get("answer_tokens", 80 if small else 2048),
             candidates=1 if small else 2, filters=PRESETS["gsm8k"],
         )  # fmt: skip
-        output, service = Path(name) / "realigned.jsonl", Service(Path(name) / "journal", **options)
+        output, service = Path(name) / "realigned.jsonl", Service(Path(name) / "journal", "realign", **options)
         rewrite_records(read(rows, "alpaca", name="problems"), output, recipe, service, taxonomy)
         return [record.data for record in read(str(output), "alpaca")]
 
@@ -126,53 +125,34 @@ def configs() -> Path:
 @contextmanager
 def served(cell: Cell, room: Path, others: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The teacher's name in requests, and the options of the `Service` where it answers."""
-    if cell["backend"] == "endpoint":
-        yield cell["teacher"], {"base_url": (cell["base_url"],)}
-        return
-    folder = teacher(cell, room, others)
-    if cell["backend"] == "local":
-        yield str(folder), {"backend": "local", "structured": "labels"}
-        return
-    from instruct_data.llm.serve import serving
+    from instruct_data.llm.serve import answering
 
-    with serving(folder) as url:
-        yield str(folder), {"base_url": (url,), "structured": "labels", "concurrency": 4}
+    name = cell["teacher"] if cell["backend"] == "endpoint" else str(teacher(cell, room, others))
+    with answering(cell["backend"], name, cell.get("base_url", "")) as options:
+        yield name, options
 
 
 def teacher(cell: Cell, room: Path, others: list[dict[str, Any]]) -> Path:
     """A checkpoint fine-tuned to rewrite, on problems that no student learns from and no test asks."""
+    from instruct_data.llm.serve import chat_copy
     from instruct_data.writing import write
-    from model_hooks.loading import load_tokenizer, resolve
+    from paper_tables.training import config_of
 
     from .prompts import rewriting
     from .taxonomy import load_taxonomy
     from .train import TrainConfig, train
 
-    base, form = room / "base", load_taxonomy(configs() / "word-problems.yaml")[TASK].format
-    shutil.copytree(resolve(cell["teacher"]), base)
-    tokenizer = load_tokenizer(base)
-    tokenizer.chat_template = CHAT
-    tokenizer.save_pretrained(base)
+    form = load_taxonomy(configs() / "word-problems.yaml")[TASK].format
+    base = chat_copy(cell["teacher"], CHAT, room / "base")
     rows = []
     for row in others:
         messages = rewriting(row["instruction"], row["output"], form, structured=False)
         reply = f"Reasoning: steps\nRevised response: {row['worked']}"
         rows.append({"messages": [*messages, {"role": "assistant", "content": reply}]})
     write(room / "teacher.jsonl", rows)
-    train(config_of(cell, str(base), room / "teacher.jsonl", room / "teacher", TrainConfig,
+    train(config_of(cell, TrainConfig, str(base), room / "teacher.jsonl", room / "teacher",
                     template="chat", epochs=cell["teacher_epochs"]))  # fmt: skip
     return room / "teacher"
-
-
-def config_of(cell: Cell, model: str, data: Path, output: Path, kind: Any, **own: Any) -> Any:
-    """The settings of a training run of the row."""
-    given = {
-        "model": model, "data": str(data), "output": output, "template": "alpaca", "epochs": cell["epochs"],
-        "batch_size": cell["batch"], "accumulation": cell.get("accumulation", 1), "seed": cell["seed"],
-        "learning_rate": cell["learning_rate"], "max_length": cell.get("length", 512),
-        "bf16": cell.get("dtype") == "bfloat16", "deepspeed": cell.get("deepspeed", ""), "save_every": 10**6,
-    }  # fmt: skip
-    return kind(**given | own)
 
 
 def student(cell: Cell, rows: list[dict[str, Any]], heldout: list[dict[str, Any]]) -> dict[str, float]:
@@ -180,6 +160,7 @@ def student(cell: Cell, rows: list[dict[str, Any]], heldout: list[dict[str, Any]
     from instruct_data.records import read
     from instruct_data.writing import write
     from model_hooks.loading import load_placed
+    from paper_tables.training import config_of
 
     from .eval import exact_match
     from .train import TrainConfig, train
@@ -188,7 +169,7 @@ def student(cell: Cell, rows: list[dict[str, Any]], heldout: list[dict[str, Any]
     with tempfile.TemporaryDirectory() as name:
         data, folder = Path(name) / "records.jsonl", Path(name) / "student"
         write(data, [{"instruction": row["instruction"], "output": row["output"]} for row in rows])
-        train(config_of(cell, cell["student"], data, folder, TrainConfig, template=template))
+        train(config_of(cell, TrainConfig, cell["student"], data, folder, template=template))
         model, tokenizer = load_placed(str(folder), cell.get("dtype", "float32"))
         tokens = 64 if cell["data"] == "generated" else 512
         found = exact_match(model, tokenizer, read(heldout, "alpaca", name="held-out problems"),

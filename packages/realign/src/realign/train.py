@@ -17,7 +17,7 @@ from typing import Any
 
 from paper_tables.launch import run_module
 from paper_tables.options import command_of
-from paper_tables.training import PreferenceRun
+from paper_tables.training import PreferenceRun, fine_tune
 
 
 @dataclass(frozen=True)
@@ -31,16 +31,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     Returns output, records, steps, loss (the last logged), seconds. Raises `RequestError` for a request that cannot be
     met, `WorkFailed` where the loss is no number any more; neither writes the output.
     """
-    from model_hooks.files import refuse_existing, refuse_overlap
-    from paper_tables.frame import require
-
-    for module in ("trl", "deepspeed") if config.deepspeed else ("trl",):
-        require(module, extra="train", package="realign")
-    refuse_existing(config.output, config.overwrite)
-    refuse_overlap(config.output, config.model)
-    from paper_tables import sft
-
-    return sft.train(
+    return fine_tune(
         config, lambda tokenizer: rows_of(config, tokenizer), module_file=__file__, package="realign",
         paper="arXiv 2402.12219",
     )  # fmt: skip
@@ -48,32 +39,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 def rows_of(config: TrainConfig, tokenizer: Any) -> list[dict[str, str]]:
     """What is learned from: prompts and completions, or prompts with what `realign export --form preference` chose."""
-    from instruct_data.completions import completions
+    from instruct_data.completions import completions, preferences
 
     if not config.preferred:
         return completions(config.data, config.schema, config.template, tokenizer)
     return preferences(config.data, config.template, tokenizer)
-
-
-def preferences(data: str, template_name: str, tokenizer: Any) -> list[dict[str, str]]:
-    """`prompt`, `chosen` and `rejected` as texts. Raises `RequestError` for a record that is no preference."""
-    from instruct_data.formats import open_source
-    from instruct_data.records import read
-    from instruct_data.templates import template
-    from model_hooks.errors import RequestError
-
-    prompt, rows = template(template_name, tokenizer), []
-    for row in open_source(data, None, None, None, "strict").rows():
-        record = row.data if isinstance(row.data, dict) else {}
-        if row.fault is not None or not {"prompt", "chosen", "rejected"} <= set(record):
-            raise RequestError(f"{row.where}: {row.fault or 'needs prompt, chosen and rejected; see realign export'}")
-        (whole,) = read([{"messages": [*record["prompt"], *record["chosen"]]}], "messages", name=data)
-        rejected = record["rejected"][-1]["content"]
-        example = whole.examples[-1]
-        rows.append({"prompt": prompt(example), "chosen": example.response, "rejected": rejected})
-    if not rows:
-        raise RequestError(f"{data} has no preference to learn from")
-    return rows
 
 
 train_command = command_of(

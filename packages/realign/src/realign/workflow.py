@@ -16,7 +16,10 @@ from instruct_data.editing import edited
 from instruct_data.json_stream import dump
 from instruct_data.llm import Client, Endpoint, Ledger, Request, read_key, stream
 from instruct_data.llm.cost import Usage, estimate
+from instruct_data.llm.service import Service
 from instruct_data.llm.shards import merge_parts, only, write_part
+from instruct_data.schemas import question_of
+from instruct_data.texts import count_words
 from model_hooks.errors import RequestError
 from model_hooks.files import atomic_write
 from paper_tables import progress
@@ -24,10 +27,9 @@ from paper_tables import progress
 from .classify import Asked, Classifier, Likeliest, Local
 from .filters import Change, refuse
 from .linear import SHIPPED, LinearClassifier
-from .prompts import VERSION, rewriting
+from .prompts import REVISION, VERSION, probe, rewriting
 from .retrieval import Corpus, Retriever, Serper, evidence_for
-from .rewriting import ORIGINAL, Outcome, Recipe, Rewriter, count_words, given_category, question_of
-from .service import SETTINGS, Service
+from .rewriting import ORIGINAL, Outcome, Recipe, Rewriter, given_category
 from .taxonomy import Taxonomy
 
 
@@ -43,7 +45,7 @@ def classifier_of(name: str, taxonomy: Taxonomy) -> Classifier | None:
 
 
 def asked(client: Client, model: str, taxonomy: Taxonomy, service: Service) -> Classifier:
-    return Asked(client, model, taxonomy, service.forms(client, model))
+    return Asked(client, model, taxonomy, service.forms(client, probe(model), REVISION))
 
 
 def _local(name: str, taxonomy: Taxonomy) -> Classifier:
@@ -86,7 +88,7 @@ def rewrite_records(
     with service.client(recipe.model, ledger) as client:
         rewriter = Rewriter(
             client, recipe, taxonomy, sorter or asked(client, recipe.model, taxonomy, service), found,
-            service.forms(client, recipe.model), tokens,
+            service.forms(client, probe(recipe.model), REVISION), tokens,
         )  # fmt: skip
 
         def outcomes() -> Iterator[tuple[Record, Outcome]]:
@@ -230,7 +232,7 @@ def retrieve_records(
         raise RequestError("retrieve needs --retriever: the file of a corpus, or serper")
     sorter = _local(classifier, taxonomy)
     counts: Counter[str] = Counter()
-    with Journal(service.journal, SETTINGS, service.writer) as journal:
+    with Journal(service.journal, service.settings, service.writer) as journal:
 
         async def one(record: Record) -> dict[str, Any]:
             question = question_of(record.examples[-1])

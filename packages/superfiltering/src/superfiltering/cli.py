@@ -270,15 +270,17 @@ def evaluate(
     overwrite: Overwrite = False,
 ) -> dict[str, Any]:
     """Loss on the answers of held-out records, and lm-eval tasks."""
+    from instruct_data.scoring.heldout import answer_loss
     from model_hooks.loading import load_placed
+    from paper_tables import progress
     from paper_tables.quality import accuracies
-    from superfiltering.eval import answer_loss
 
     if output is not None:
         refuse_existing(output, overwrite)
     records = _read(data, schema, limit=limit)
     loaded, tokenizer = load_placed(model, dtype, device_map)
-    found: dict[str, Any] = answer_loss(loaded, tokenizer, records, template=template, max_length=max_length)
+    with progress("tokens scored") as bar:
+        found = answer_loss(loaded, tokenizer, records, template=template, max_length=max_length, progress=bar)
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     return keep(found | accuracies(loaded, tokenizer, names, limit=task_limit or None), output)
 

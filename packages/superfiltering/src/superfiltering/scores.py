@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,11 +22,11 @@ from numpy.typing import NDArray
 
 from instruct_data.journal import canonical
 from instruct_data.records import Record, Records
-from instruct_data.scoring import Pair, merge
+from instruct_data.scoring import Pair
 from instruct_data.scoring.pairs import Compat
 from instruct_data.scoring.results import SCHEMA as ENGINE
-from instruct_data.scoring.results import shard_folder
 from instruct_data.scoring.shards import ranks
+from instruct_data.scoring.together import finished
 from instruct_data.templates import TEMPLATES
 from instruct_data.templates import template as template_named
 from model_hooks import FingerprintMismatch, RequestError
@@ -126,47 +125,20 @@ def score_records(
         model, tokenizer, pairs_of(records, prompt), folder=work, rank=rank, world=world, settings=settings,
         progress=progress, **engine,
     )  # fmt: skip
-    with _locked(work / "merge.lock"):
-        if not shard_folder(work, rank, world).is_dir():  # another process was the last, and has written it
-            shutil.rmtree(work, ignore_errors=True)
-            return {"pending": []}
-        try:
-            merged = merge(work, world)
-        except FingerprintMismatch:
-            raise
-        except RequestError:
-            if world == 1:
-                raise
-            return {"pending": [r for r in range(world) if not shard_folder(work, r, world).is_dir()]}
+    with finished(work, rank, world) as scores:
+        if isinstance(scores, list):
+            return {"pending": scores}
         facts = {
-            **merged.facts, "model_name": name, "data": records.name, "rejected": records.rejected,
+            **scores.facts, "model_name": name, "data": records.name, "rejected": records.rejected,
             "max_length": engine.get("max_length", 1024),
         }  # fmt: skip
-        _write(output, merged.batches(), facts)
-        shutil.rmtree(work, ignore_errors=True)
+        _write(output, scores.batches(), facts)
     return facts
 
 
 def work_folder(output: Path) -> Path:
     """Where a run keeps what it has done until `output` is written."""
     return output.with_name(f".{output.name}.run")
-
-
-class _locked:
-    """One process at a time; the file goes with its folder."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        import fcntl
-
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = self.path.open("w")
-        fcntl.flock(self.file, fcntl.LOCK_EX)
-
-    def __exit__(self, *exc: object) -> None:
-        self.file.close()
 
 
 def _write(output: Path, batches: Iterable[pa.RecordBatch], facts: Mapping[str, Any]) -> None:

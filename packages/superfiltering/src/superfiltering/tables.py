@@ -167,9 +167,9 @@ def _diverse(cell: Cell, context: Context, pool: list[int], number: int) -> list
 def _student(cell: Cell, context: Context) -> dict[str, Any]:
     """The student's loss on held-out records after fine-tuning on what the row takes."""
     from instruct_data.records import read
+    from instruct_data.scoring.heldout import answer_loss
     from instruct_data.writing import write
 
-    from .eval import answer_loss
     from .train import TrainConfig, train
 
     rows, _ = data_of(cell, context)

@@ -16,7 +16,7 @@ from typing import Any
 
 from paper_tables.launch import run_module
 from paper_tables.options import command_of
-from paper_tables.training import SftRun
+from paper_tables.training import SftRun, fine_tune
 
 
 @dataclass(frozen=True)
@@ -30,17 +30,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
     Returns output, records, steps, loss (the last logged, nats a token of the answers), seconds. Raises `RequestError`
     for a request that cannot be met, `WorkFailed` where the loss is no number any more; neither writes the output.
     """
-    from model_hooks.files import refuse_existing, refuse_overlap
-    from paper_tables.frame import require
-
-    for module in ("trl", "deepspeed") if config.deepspeed else ("trl",):
-        require(module, extra="train", package="superfiltering")
-    refuse_existing(config.output, config.overwrite)
-    refuse_overlap(config.output, config.model)
     from instruct_data.completions import completions
-    from paper_tables import sft
 
-    return sft.train(
+    return fine_tune(
         config, lambda tokenizer: completions(config.data, config.schema, config.template, tokenizer),
         module_file=__file__, package="superfiltering", paper="arXiv 2402.00530",
     )  # fmt: skip

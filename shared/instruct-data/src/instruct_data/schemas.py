@@ -47,6 +47,11 @@ class Example:
     system: str | None = None
 
 
+def question_of(example: Example) -> str:
+    """Instruction and input as one text."""
+    return example.instruction + (f"\n{example.input}" if example.input else "")
+
+
 @dataclass(frozen=True)
 class Schema:
     """A record shape. `examples(data)` gives the common view, or raises `RecordFault` with the key that is wrong."""

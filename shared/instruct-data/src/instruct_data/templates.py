@@ -1,7 +1,7 @@
 """How an instruction becomes the prompt text that a response follows.
 
 `none`: Superfiltering's own: instruction, newline, then input and newline where there is one; nothing is stripped.
-`alpaca`, `vicuna`: the texts of those projects (as in Cherry_LLM). `chat`: the tokenizer's chat template.
+`alpaca`, `vicuna`, `wiz` (WizardLM): the texts of those projects (as in Cherry_LLM). `chat`: the tokenizer's own.
 Earlier turns of a conversation come before, each with its true answer.
 """
 
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from model_hooks.errors import RequestError
 
-TEMPLATES = ("none", "alpaca", "vicuna", "chat")
+TEMPLATES = ("none", "alpaca", "vicuna", "wiz", "chat")
 
 ALPACA = (
     "Below is an instruction that describes a task{paired}. "
@@ -60,6 +60,13 @@ def vicuna(example: Example) -> str:
     return f"{head}{turns}USER: {example.instruction}{given} ASSISTANT:"
 
 
+def wiz(example: Example) -> str:
+    system = _system(example)
+    turns = "".join(f"{u}\n\n### Response:{a}\n\n" for u, a in example.history)
+    given = f"\n{example.input}" if example.input else ""
+    return (f"{system}\n\n" if system else "") + f"{turns}{example.instruction}{given}\n\n### Response:"
+
+
 def chat(tokenizer: Any) -> Callable[[Example], str]:
     """Prompts by the tokenizer's chat template. Raises `RequestError` where it has none."""
     if not getattr(tokenizer, "chat_template", None):
@@ -86,7 +93,7 @@ def chat(tokenizer: Any) -> Callable[[Example], str]:
 
 def template(name: str, tokenizer: Any = None) -> Callable[[Example], str]:
     """The function from an example to its prompt text. Raises `RequestError` for an unknown name."""
-    plain = {"none": none, "alpaca": alpaca, "vicuna": vicuna}
+    plain = {"none": none, "alpaca": alpaca, "vicuna": vicuna, "wiz": wiz}
     if name in plain:
         return plain[name]
     if name == "chat":

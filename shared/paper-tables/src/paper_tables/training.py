@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -234,3 +234,32 @@ class PreferenceRun(SftRun):
         super().__post_init__()
         if not self.beta > 0:
             raise RequestError(f"beta is {self.beta}; a number above 0 is needed")
+
+
+def fine_tune(
+    config: SftRun, rows_of: Callable[[Any], Any], *, module_file: str, package: str, paper: str
+) -> dict[str, Any]:
+    """`paper_tables.sft.train`, after what can be wrong with the request: a missing extra [train], an output that is
+    there already. Call it in every process of a launcher."""
+    from model_hooks.files import refuse_existing, refuse_overlap
+
+    from .frame import require
+
+    for module in ("trl", "deepspeed") if config.deepspeed else ("trl",):
+        require(module, extra="train", package=package)
+    refuse_existing(config.output, config.overwrite)
+    refuse_overlap(config.output, config.model)
+    from . import sft
+
+    return sft.train(config, rows_of, module_file=module_file, package=package, paper=paper)
+
+
+def config_of(cell: Mapping[str, Any], kind: Any, model: str, data: Path, output: Path, **own: Any) -> Any:
+    """The settings, of class `kind`, of a training run of a table's row; `own` go first."""
+    given = {
+        "model": model, "data": str(data), "output": output, "template": "alpaca", "epochs": cell["epochs"],
+        "batch_size": cell["batch"], "accumulation": cell.get("accumulation", 1), "seed": cell["seed"],
+        "learning_rate": cell["learning_rate"], "max_length": cell.get("length", 512),
+        "bf16": cell.get("dtype") == "bfloat16", "deepspeed": cell.get("deepspeed", ""), "save_every": 10**6,
+    }  # fmt: skip
+    return kind(**given | own)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,8 +15,35 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from model_hooks.errors import RequestError
+
+
+def chat_copy(model: str | Path, template: str, folder: Path) -> Path:
+    """A copy of a checkpoint in `folder`, with a chat template of one's own."""
+    from model_hooks.loading import load_tokenizer, resolve
+
+    shutil.copytree(resolve(model), folder)
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@contextmanager
+def answering(backend: str, model: str, base_url: str = "") -> Iterator[dict[str, Any]]:
+    """Options of a `Service` where `model` answers: endpoint (at `base_url`), server (`transformers serve`, of a
+    checkpoint folder), or local (the folder in this process). The folder is asked by labels."""
+    if backend == "endpoint":
+        yield {"base_url": (base_url,)}
+    elif backend == "local":
+        yield {"backend": "local", "structured": "labels"}
+    elif backend == "server":
+        with serving(model) as url:
+            yield {"base_url": (url,), "structured": "labels", "concurrency": 4}
+    else:
+        raise RequestError(f"backend {backend!r}; choose endpoint, server or local")
 
 
 @contextmanager

@@ -121,9 +121,13 @@ class Parsed:
 
 
 async def ask_parsed(
-    ask: Callable[[Request], Awaitable[Reply]], request: Request, parse: Callable[[str], dict[str, Any]]
-) -> Parsed:
-    """Ask; where the reply cannot be parsed ask once more, showing the model its reply and what is wrong with it."""
+    ask: Callable[[Request], Awaitable[Reply]], request: Request, parse: Callable[[str], dict[str, Any]],
+    warmer: float = 0.0,
+) -> Parsed:  # fmt: skip
+    """Ask; where the reply cannot be parsed ask once more, showing the model its reply and what is wrong with it.
+
+    warmer: what the second time's temperature is higher by.
+    """
     replies: list[Reply] = []
     requests: list[Request] = []
     for _ in range(2):
@@ -140,4 +144,7 @@ async def ask_parsed(
                 {"role": "user", "content": f"This cannot be used: {error}. Answer again, in the form asked for only."},
             )
             request = replace(request, messages=(*request.messages, *again))
+            if warmer:
+                drawn = {"temperature": float(request.sampling.get("temperature") or 0.0) + warmer}
+                request = replace(request, sampling={**request.sampling, **drawn})
     return Parsed(None, "parse_failed", tuple(replies), tuple(requests))

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -25,6 +25,7 @@ from model_hooks.errors import RequestError
 
 from . import results
 from .forward import Forward, Progress
+from .heads import Heads
 from .losses import Losses
 from .pairs import STATUSES, Compat, Encoder, Pair
 from .segments import Segments, SegmentWriter
@@ -46,6 +47,7 @@ def score(
     world: int | None = None,
     settings: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    heads: Sequence[str] = (),
 ) -> results.Scores:
     """Losses of each pair's response with and without its prompt, rows in input order.
 
@@ -60,6 +62,8 @@ def score(
         rank, world: the share of the pairs to score, by default from RANK and WORLD_SIZE; `merge` joins the shares.
         settings: further facts that a resumed run must share (the template's name), written to the manifest.
         progress: called with (tokens done, tokens in all) of this rank.
+        heads: texts that many prompts begin with. Each is forwarded once and kept, where the model's cache gives what
+            whole forwards give; else this has no effect. What a batch's rows lack of it they need not forward.
 
     Raises `RequestError` for a model or tokenizer that cannot do it, `FingerprintMismatch` for a folder made with other
     settings, `OSError` naming the path where the disk is full: what was journalled stays, and the run can go on.
@@ -89,7 +93,7 @@ def score(
         segments = tokenise(shard, encoder, scratch)
         forward = Forward(losses, segments, journal)
         with _evaluating(model):
-            forward.prepare(budget, (rank, world))
+            forward.prepare(budget, (rank, world), Heads(encoder.heads(heads)))
             forward.run(progress)
         about = {"input": shard.digest, "total": shard.total, "settings": given, "rank": rank, "world": world}
         failed = int(_failed(segments, forward.sums, slice(None)).sum())

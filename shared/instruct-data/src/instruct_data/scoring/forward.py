@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from instruct_data.journal import Journal, content_key
 
 from .batches import CPU_BUDGET, CPU_CANDIDATES, GPU_BUDGET, GPU_CANDIDATES, plan, tune
+from .heads import Heads
 from .losses import SAMPLES, Losses
 from .segments import Segments
 
@@ -44,7 +45,7 @@ class Forward:
             "forward_seconds": 0.0,
         }
 
-    def prepare(self, budget: int | Literal["auto"] | None, share: tuple[int, int]) -> None:
+    def prepare(self, budget: int | Literal["auto"] | None, share: tuple[int, int], heads: Heads | None = None) -> None:
         """Settle how to forward and the budget; both are journalled, for a run that has nothing left to do."""
         key = content_key({"plan": budget, "rank": share[0], "world": share[1]})
         before = self.journal.get(key)
@@ -53,7 +54,10 @@ class Forward:
             return
         if len(self.segments):
             spread = np.unique(np.linspace(0, len(self.segments) - 1, SAMPLES).astype(int))
-            self.losses.check([self.segments.segment(int(place)) for place in spread])
+            sample = [self.segments.segment(int(place)) for place in spread]
+            self.losses.check(sample)
+            if heads is not None and heads.ids:
+                self.losses.share(heads, sample)
         on_cpu = self.losses.model.device.type == "cpu"
         if budget is None:
             chosen = CPU_BUDGET if on_cpu else GPU_BUDGET
@@ -83,6 +87,7 @@ class Forward:
             if progress:
                 progress(done, self.facts["tokens"])
         self.sums[~np.isfinite(self.sums)] = np.nan
+        self.facts["forwarded_tokens"] -= self.losses.spared - self.losses.heads.forwarded
         self.facts["forward_seconds"] = round(time.perf_counter() - began, 3)
 
     def _losses(self, places: Sequence[int]) -> Sums:

@@ -25,6 +25,7 @@ from torch.nn import functional
 from model_hooks.errors import RequestError
 
 from .batches import Batching
+from .heads import Heads
 from .linear_head import LinearHead, output_embedding
 from .pairs import Segment
 
@@ -50,6 +51,7 @@ class Losses:
         self.bases = [model.base_model, *([model.get_decoder()] if hasattr(model, "get_decoder") else [])]
         self.base = self.bases[0]
         self.head: Head = "linear" if LinearHead.of(model) else "gathered"
+        self.heads, self.spared = Heads(()), 0  # spared: tokens that were not forwarded, since their head was
         self.batching: Batching = "padded"
 
     @property
@@ -64,6 +66,18 @@ class Losses:
 
     @torch.inference_mode()
     def __call__(self, segments: Sequence[Segment]) -> NDArray[np.float64]:
+        found = np.empty(len(segments), np.float64)
+        for number, places in self.heads.groups(segments):
+            found[places] = self._losses([segments[place] for place in places], number)
+        return found
+
+    def _losses(self, segments: Sequence[Segment], number: int = -1) -> NDArray[np.float64]:
+        """Summed losses of segments that all begin with the head `number`, -1 for none."""
+        cached, skip = {}, 0
+        if number >= 0:
+            skip = len(self.heads.ids[number])
+            segments = [Segment(s.ids[skip:], s.first - skip) for s in segments]
+            cached = {"past_key_values": self.heads.cache(number, len(segments), self.base, self.model.device)}
         ids, rows, columns = pad(segments)
         device = self.model.device
         targets = ids[rows, columns].to(device)
@@ -73,10 +87,11 @@ class Losses:
             found = self.model(input_ids=given, use_cache=False).logits
             found = found[at.to(found.device), before.to(found.device)]  # [targets, vocab_size]
         else:
-            output = self.base(input_ids=given, use_cache=False)
+            output = self.base(input_ids=given, use_cache=bool(cached), **cached)
             found = output[0][at.to(output[0].device), before.to(output[0].device)]  # [targets, hidden_size]
         linear = LinearHead.of(self.model) if self.head == "linear" else None
         losses = linear.losses(found, targets) if linear else self._logit_losses(found, targets, output)
+        self.spared += skip * len(segments)
         return np.bincount(rows.numpy(), losses.double().cpu().numpy(), len(segments)).astype(np.float64)
 
     def _logit_losses(self, found: Tensor, targets: Tensor, output: Any) -> Tensor:
@@ -127,6 +142,25 @@ class Losses:
                 self.base, self.head, self.batching = base, head, batching
                 if self._agrees(given, expected):
                     return
+
+    def share(self, heads: Heads, segments: Sequence[Segment]) -> None:
+        """Forward these heads once from now on, if that gives on cut copies of `segments` what whole forwards give."""
+        if self.head == "whole":
+            return
+        sample = [
+            Segment(s.ids[: len(heads.ids[number]) + SAMPLE_LENGTH], len(heads.ids[number]) + 1)
+            for s in segments
+            if (number := heads.number_of(s)) >= 0
+        ]
+        try:
+            expected = self._each(sample)
+            self.heads = heads
+            agrees = bool(sample) and self._agrees(sample, expected)
+        except (MemoryError, RuntimeError):  # the runs that follow have smaller batches and will say it
+            agrees = False
+        if not agrees:
+            self.heads = Heads(())
+        self.spared = 0
 
     def _each(self, segments: Sequence[Segment]) -> NDArray[np.float64]:
         return np.array([self([segment])[0] for segment in segments])

@@ -96,6 +96,10 @@ class Encoder:
                 result.append(next(encoded) if _is_unicode(pair) else Encoded(None, None, False, "failed"))
         return result
 
+    def heads(self, texts: Sequence[str]) -> list[list[int]]:
+        """Beginnings as token ids, without the last one, which what follows may change, and without closing tokens."""
+        return [ids[: len(ids) - self.closing - 1] for ids in self._ids(list(texts))]
+
     def _ids(self, texts: list[str]) -> list[list[int]]:
         if not texts:
             return []

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from instruct_data import Journal
-from instruct_data.llm import Client, Endpoint, Ledger, ParseError, Prices, Request, read_key
-from instruct_data.llm.client import Backend
+from instruct_data.journal import Journal
 from model_hooks.errors import RequestError
 
-from .prompts import REVISION, VERSION, rewriting
-
-SETTINGS = {"journal": "realign", "version": 1}
+from .client import Backend, Client
+from .cost import Ledger, Prices
+from .endpoint import Endpoint, read_key
+from .request import Request
+from .structured import Form, ParseError
 
 
 @dataclass(frozen=True)
 class Service:
-    """Where the models are: an endpoint, its key, its limits, and where everything that was answered is kept."""
+    """Where the models are: an endpoint, its key, its limits, and where everything that was answered is kept.
+
+    method: whose journal it is; another method's is refused. prices: as of `Prices`. structured: auto, schema or
+        labels.
+    """
 
     journal: Path
+    method: str
     base_url: tuple[str, ...] = ("https://api.openai.com/v1",)
     key_variable: str = "OPENAI_API_KEY"
     key_file: Path | None = None
@@ -33,7 +38,7 @@ class Service:
     attempts: int = 8
     requests_per_minute: float = 0
     tokens_per_minute: float = 0
-    prices: Path | None = None
+    prices: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     max_cost: float | None = None
     max_tokens: int | None = None
     max_requests: int | None = None
@@ -49,11 +54,15 @@ class Service:
             if value not in known:
                 raise RequestError(f"{name} {value!r}; choose {', '.join(known)}")
 
-    def ledger(self) -> Ledger:
-        from paper_tables.yamlfile import read_yaml
+    @property
+    def settings(self) -> dict[str, object]:
+        """Of the journal."""
+        return {"journal": self.method, "version": 1}
 
-        prices = Prices(read_yaml(self.prices)) if self.prices else Prices()
-        return Ledger(prices, max_cost=self.max_cost, max_tokens=self.max_tokens, max_requests=self.max_requests)
+    def ledger(self) -> Ledger:
+        return Ledger(
+            Prices(self.prices), max_cost=self.max_cost, max_tokens=self.max_tokens, max_requests=self.max_requests
+        )
 
     def make(self, model: str, journal: Journal) -> Backend:
         """The back end."""
@@ -66,22 +75,25 @@ class Service:
         if self.backend == "batch":
             from openai import AsyncOpenAI
 
-            from instruct_data.llm.batch import BatchEndpoint
+            from .batch import BatchEndpoint
 
             key = read_key(self.key_variable, self.key_file)
             return BatchEndpoint(AsyncOpenAI(api_key=key, base_url=self.base_url[0]), journal)
-        from instruct_data.llm.local import LocalModel
         from model_hooks.loading import load_placed
+
+        from .local import LocalModel
 
         return LocalModel(*load_placed(model, "auto"))
 
     @contextmanager
     def client(self, model: str, ledger: Ledger) -> Iterator[Client]:
-        with Journal(self.journal, SETTINGS, self.writer, **({"sync_seconds": 0} if self.fsync_each else {})) as kept:
+        seconds = {"sync_seconds": 0.0} if self.fsync_each else {}
+        with Journal(self.journal, self.settings, self.writer, **seconds) as kept:
             yield Client(self.make(model, kept), kept, ledger)
 
-    def forms(self, client: Client, model: str) -> Callable[[], Awaitable[bool]]:
-        """Whether replies can be asked for by schema: as the user says, or (auto) as one request shows."""
+    def forms(self, client: Client, probe: Request, form: Form) -> Callable[[], Awaitable[bool]]:
+        """Whether replies can be asked for by schema: as the user says, or (auto) as one request, `probe`, shows: its
+        reply must be the object of `form` and nothing else."""
         if self.structured != "auto" or self.backend == "local":
             fixed = self.structured == "schema"
 
@@ -93,19 +105,16 @@ class Service:
 
         async def probed() -> bool:
             if not found:
-                found.append(asyncio.create_task(_probe(client, model)))
+                found.append(asyncio.create_task(_keeps_to(client, probe, form)))
             return await asyncio.shield(found[0])
 
         return probed
 
 
-async def _probe(client: Client, model: str) -> bool:
-    """Does the endpoint keep to a schema? It is asked for a rewriting, and must give the object and nothing else."""
-    messages = rewriting("What is 1 + 1?", "2", "One sentence.")
-    sampling = {"temperature": 0, "max_tokens": 256}
-    reply = await client.ask(Request("probe", model, messages, sampling, REVISION.schema, VERSION))
+async def _keeps_to(client: Client, probe: Request, form: Form) -> bool:
+    reply = await client.ask(probe)
     try:
-        REVISION.parse(reply.text if reply.text is not None else "")
+        form.parse(reply.text if reply.text is not None else "")
         json.loads(reply.text or "")
     except (ParseError, ValueError):
         return False
