@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moe_compress import packing, pruning, quantising
+from moe_compress import packing, quantising
 from torch import Tensor
 
-from model_hooks import RequestError
+from model_hooks import RequestError, pruning
 
 
 def correlated(seed: int, tokens: int = 200, width: int = 64) -> Tensor:

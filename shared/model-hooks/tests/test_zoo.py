@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from model_hooks import zoo
 from model_hooks.zoo import corpus, evaluate, tasks
 from model_hooks.zoo.muon import orthogonalise
-from model_hooks.zoo.recipes import RECIPES
+from model_hooks.zoo.recipes import IMAGE_RECIPES, RECIPES
 from model_hooks.zoo.stream import WINDOW, Stream
 
 SAMPLE = 40  # questions of a task
@@ -47,7 +47,7 @@ def sample_of_heldout() -> list[tuple[str, str]]:
 
 
 def test_names_resolve_to_plain_folders() -> None:
-    assert {"zoo:gpt2", "zoo:llama", "zoo:recall"} <= set(zoo.names())
+    assert zoo.names() == sorted(f"zoo:{name}" for name in {**RECIPES, **IMAGE_RECIPES})
     for name in zoo.names():
         assert (zoo.resolve(name) / "model.safetensors").is_file()
 
@@ -132,7 +132,7 @@ def test_the_chat_template_marks_turns_and_the_assistant() -> None:
     assert bpe().decode(marked) == "def f(): pass<|endoftext|>"
 
 
-@pytest.mark.parametrize("name", zoo.names())
+@pytest.mark.parametrize("name", [f"zoo:{name}" for name in sorted(RECIPES)])
 def test_a_checkpoint_loads_whole_and_within_its_size(name: str) -> None:
     folder = zoo.resolve(name)
     _, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_compress.pruning import llm_compressor
+from model_hooks.pruning import llm_compressor
 
 BITS = (2, 3, 4, 5, 6, 7, 8)
 CLIPS = tuple(1 - 0.05 * step for step in range(11))  # AWQ shrinks a group's range to half at most

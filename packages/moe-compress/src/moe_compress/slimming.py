@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model_hooks import pruning
 from model_hooks.errors import RequestError
 from model_hooks.experts import MoeLayer
-from moe_compress import pruning, quantising
+from moe_compress import quantising
 from moe_compress.moments import Matrix, Moment, Moments, expert_inputs, matrices_of, moment_of
 from paper_tables.errors import nearest
 

@@ -5,6 +5,7 @@
     records = zoo.pairs("calibration")                      # [(docstring, function source)]
     questions = zoo.questions("zoo_recall")                 # four choices each; lm-eval reads zoo.tasks_dir()
     lookups = zoo.lookups(tokens=1024, count=50)            # a table and a question of any length, for zoo:recall
+    shapes.items("calibration", 128)                        # drawn images with questions, for zoo:llava (zoo.shapes)
     zoo.needle(tokens=1024, depth=0.5)                      # one pair hidden in held-out text
 
 Each checkpoint's README.md, written by the script that exported it, states what it is and what it scored.

@@ -174,3 +174,34 @@ RECIPES: dict[str, Recipe] = {
         context=RECALL_CONTEXT,
     ),
 }
+
+
+@dataclass(frozen=True)
+class ImageRecipe:
+    """A vision-language model of ``llava.py`` and its training on drawn shapes with AdamW.
+
+    Widths are hidden sizes; an MLP is twice as wide. ``spread`` is the standard deviation of weights at the start: so
+    narrow a model learns no shapes with the usual 0.02. ``batch`` is in questions, ``limit_mb`` of the weights.
+    """
+
+    summary: str
+    vision_width: int
+    text_width: int
+    vision_layers: int = 2
+    text_layers: int = 2
+    heads: int = 4
+    spread: float = 0.1
+    steps: int = 1300
+    batch: int = 64
+    lr: float = 4e-3
+    warmup: int = 100
+    seed: int = 0
+    limit_mb: float = 1.0
+
+
+IMAGE_RECIPES: dict[str, ImageRecipe] = {
+    "llava": ImageRecipe("a LLaVA so narrow that pruning hurts it", vision_width=16, text_width=40),
+    "llava-wide": ImageRecipe(
+        "a LLaVA with room to spare", vision_width=64, text_width=96, text_layers=3, lr=2e-3, steps=1000
+    ),
+}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model_hooks.errors import RequestError
+from .errors import RequestError
 
 
 def parse_pattern(pattern: str, sparsity: float) -> tuple[int, int]:
