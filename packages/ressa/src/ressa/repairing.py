@@ -1,0 +1,263 @@
+"""The training behind `ressa repair`: transformers' Trainer with the loss from data and from the dense model.
+
+It imports what the extra [train] installs.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, set_seed
+from transformers.trainer_callback import PrinterCallback
+
+from model_hooks.loading import quiet
+from paper_tables import progress, trainer
+from paper_tables.errors import WorkFailed
+from paper_tables.training import LOG
+from ressa.data import Example
+from ressa.encoding import Encoder, collate, encoder_of
+from ressa.train import RepairConfig
+
+TRAINABLE = "trainable.safetensors"
+Teach = Callable[[dict[str, Tensor]], Any]
+
+
+def arguments(config: RepairConfig, deepspeed: str | None) -> Any:
+    """The Trainer's arguments; `deepspeed` is a file. Making them joins this process to the others of its launcher."""
+    own: dict[str, Any] = {
+        "remove_unused_columns": False,
+        "logging_nan_inf_filter": False,
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+    }
+    return trainer.arguments(config, deepspeed, "ressa", **own)
+
+
+class Rows(Dataset[dict[str, Tensor]]):
+    """Examples, encoded when they are asked for: images of a whole data set are not held in memory."""
+
+    def __init__(self, encoder: Encoder, examples: Sequence[Example]) -> None:
+        self.encoder, self.examples = encoder, examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self.encoder.encode(self.examples[index])
+
+
+class RessaTrainer(Trainer):
+    """Trainer whose loss is the paper's (1 - w) L_task + w L_KD, and whose checkpoints hold what is trained alone.
+
+    objective: a `distill.Objective`. teach: from what the model is given to the teacher's output, or None.
+    """
+
+    def __init__(
+        self, objective: Any, teach: Teach | None, log: Path, encoder_decoder: bool = False, **options: Any
+    ) -> None:
+        self.objective, self.teach, self.encoder_decoder = objective, teach, encoder_decoder
+        self.parts: dict[str, float] = {}
+        super().__init__(**options)
+        self.model_accepts_loss_kwargs = False  # the objective is a mean already
+        self.remove_callback(PrinterCallback)
+        self.add_callback(trainer.Log(log))
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        labels = inputs["labels"]
+        if not self.encoder_decoder:  # a model that makes its decoder's inputs of the labels needs them
+            inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        taught = None
+        if self.teach is not None:
+            with torch.no_grad():
+                taught = self.teach(inputs)
+        output = model(**inputs, use_cache=False)
+        loss, parts = self.objective(output, taught, labels, inputs)
+        if not bool(torch.isfinite(loss)):
+            raise WorkFailed(
+                f"the training loss became {float(loss.detach())} in step {self.state.global_step + 1}; checkpoints up "
+                f"to step {self._kept()} are kept in {self.args.output_dir}: lower --learning-rate"
+            )
+        self.parts = {name: float(value) for name, value in parts.items()}
+        return (loss, output) if return_outputs else loss
+
+    def _kept(self) -> int:
+        found = [int(p.name.rpartition("-")[2]) for p in Path(self.args.output_dir).glob("checkpoint-*")]
+        return max(found, default=0)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        super().log({**logs, **(self.parts if "loss" in logs else {})}, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if output_dir and self.args.should_save:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            save_file(trainable(self.model), Path(output_dir) / TRAINABLE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        set_trainable(self.model, load_file(Path(resume_from_checkpoint) / TRAINABLE))
+
+
+class _ExactAtTheEnd(TrainerCallback):
+    """Of `backward` auto: the last tenth of the steps has exact gradients."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        from ressa.adapters import set_backward
+
+        set_backward(model, "exact" if state.global_step >= 0.9 * state.max_steps else "ste")
+
+
+def trainable(model: Any) -> dict[str, Tensor]:
+    """What is trained, by name, on the CPU."""
+    return {n: p.detach().cpu().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def set_trainable(model: Any, weights: dict[str, Tensor]) -> None:
+    """Put back what `trainable` gave. Raises RuntimeError where that is not what this model trains."""
+    own = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if own.keys() != weights.keys():
+        raise RuntimeError(
+            f"the checkpoint holds {len(weights)} trained tensors, the model has {len(own)}, not the same"
+        )
+    for name, parameter in own.items():
+        parameter.copy_(weights[name])
+
+
+def mask_gradients(model: Any, masks: dict[str, Tensor]) -> None:
+    """Train the pruned weights themselves, and nothing else: their zeros get no gradient, so AdamW leaves them at zero.
+
+    Needs no weight decay, which keeps zeros too.
+    """
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for path, mask in masks.items():
+        weight = model.get_submodule(path).weight
+        weight.requires_grad_(True)
+        weight.register_hook(partial(_masked, mask.to(weight.device)))
+
+
+def _masked(mask: Tensor, gradient: Tensor) -> Tensor:
+    return gradient.masked_fill(~mask, 0)
+
+
+def run(
+    config: RepairConfig, arguments: Any, model: Any, teach: Teach | None, rows: Any, encoder: Encoder
+) -> dict[str, Any]:
+    """Train what of `model` asks for gradients. Returns steps, loss, trainable and seconds; the model is in eval mode.
+
+    Raises `WorkFailed` where the loss is no number any more.
+    """
+    began = time.monotonic()
+    checkpoint = trainer.checkpoint_of(config)
+    with quiet(), progress("training steps") as bar:
+        callbacks = [trainer.Progress(bar), *([_ExactAtTheEnd()] if config.backward == "auto" else [])]
+        tuner = RessaTrainer(
+            objective_of(config, encoder), teach, config.work / LOG, encoder.encoder_decoder, model=model,
+            args=arguments, train_dataset=rows,
+            data_collator=partial(collate, pad=encoder.pad), callbacks=callbacks,
+        )  # fmt: skip
+        tuner.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    model.eval()
+    losses = [entry["loss"] for entry in tuner.state.log_history if "loss" in entry]
+    loss = losses[-1] if losses else tuner.state.log_history[-1].get("train_loss", math.nan)
+    if not all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad):
+        raise WorkFailed("a trained weight became infinite or NaN; nothing was written: lower --learning-rate")
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {"steps": tuner.state.global_step, "loss": loss, "trainable": count, "seconds": time.monotonic() - began}
+
+
+def objective_of(config: RepairConfig, encoder: Encoder) -> Any:
+    """The loss that `config` asks for."""
+    from ressa.distill import Objective
+
+    return Objective(
+        kl_weight=config.kl_weight, temperature=config.temperature, positions=config.positions,
+        loss_mode=config.loss_mode, feature_weight=config.feature_weight, image_token_id=encoder.image_token_id,
+        shift=not encoder.encoder_decoder,
+    )  # fmt: skip
+
+
+def fit(config: RepairConfig, arguments: Any) -> tuple[dict[str, Any], Callable[[Path], None]]:
+    """Train as `config` says; what `repair` returns, and what writes the output. Every process of a launcher calls it.
+
+    Raises `RequestError` and `WorkFailed`, as `repair` says.
+    """
+    from ressa.branches import find_branches
+    from ressa.data import read
+    from ressa.folders import load_base
+
+    set_seed(config.seed)
+    base = load_base(config.model, config.wanted_teacher, torch.bfloat16 if config.bf16 else torch.float32)
+    encoder = encoder_of(base.model.config, base.processor, config.max_length)
+    examples = read(config.data, config.samples, seed=config.seed, skip_bad_rows=config.skip_bad_rows)
+    left_out = set(config.record()["left_out"])
+    rows = Rows(encoder, [one for i, one in enumerate(examples) if i not in left_out])
+    branches = find_branches(base.model)
+    model, teach, write = prepared(config, base, branches)
+    result = run(config, arguments, model, teach, rows, encoder)
+    return {"output": config.output, **result}, write
+
+
+def prepared(config: RepairConfig, base: Any, branches: Any) -> tuple[Any, Teach | None, Callable[[Path], None]]:
+    """The model to train, its teacher, and what writes the result."""
+    if config.method == "full":
+        return _full(config, base)
+    from ressa.adapters import attach
+    from ressa.teacher import dense
+
+    model = attach(
+        base.model, base.masks, rank=config.ranks, alpha=config.alpha, branches=branches, backward=config.backward,
+        seed=config.seed, dense=base.held,
+    )  # fmt: skip
+
+    def teach(inputs: dict[str, Tensor]) -> Any:
+        with dense(model, config.teacher_kind):
+            return model(**inputs, use_cache=False)
+
+    def write(folder: Path) -> None:
+        for adapter in model.peft_config.values():
+            adapter.base_model_name_or_path = config.model  # also where the weights were a teacher's
+        model.save_pretrained(str(folder))
+
+    return model, teach if base.dense else None, write
+
+
+def _full(config: RepairConfig, base: Any) -> tuple[Any, Teach | None, Callable[[Path], None]]:
+    """All pruned weights are trained, their zeros kept; the teacher is a copy, since the weights themselves move."""
+    import copy
+
+    from ressa import merging
+
+    model = base.model
+    teacher = copy.deepcopy(model).eval().requires_grad_(False)
+    for path, weight in base.held.items():
+        teacher.get_submodule(path).weight.data.copy_(weight)
+    apply_masks(model, base.masks)
+    mask_gradients(model, base.masks)
+
+    def teach(inputs: dict[str, Tensor]) -> Any:
+        return teacher(**inputs, use_cache=False)
+
+    def write(folder: Path) -> None:
+        apply_masks(model, base.masks)
+        merging.save(model, folder, base.processor)
+
+    return model, teach if base.dense else None, write
+
+
+@torch.no_grad()
+def apply_masks(model: Any, masks: dict[str, Tensor]) -> None:
+    """Put zeros where the masks say so."""
+    for path, mask in masks.items():
+        weight = model.get_submodule(path).weight
+        weight.masked_fill_(~mask.to(weight.device), 0)
