@@ -12,11 +12,9 @@ from typing import Any
 import pytest
 from commands import Command
 from llm_server import Answer, Call, Server, answer
-from reflection_tuning import showing
+from processes import started
 from reflection_tuning.cli import app
 from teachers import lines, on_instruction, reply, some_records
-
-from instruct_data.scoring.losses import Losses
 
 COMMAND = Command(app)
 CONCURRENCY = 8
@@ -24,55 +22,21 @@ pytestmark = pytest.mark.filterwarnings("ignore:max_length 2048 is lowered")
 SECRET = "sk-of-this-test"
 
 
-def slowed(function: Callable[..., Any], seconds: float) -> Callable[..., Any]:
-    def slower(*args: Any, **kwargs: Any) -> Any:
+# The command, whose batches of scoring, and end, are slow, so that a kill falls among them.
+SLOW = """
+import time
+from instruct_data.scoring.losses import Losses
+from reflection_tuning import showing
+from reflection_tuning.cli import main
+def slowed(function, seconds):
+    def slower(*args, **kwargs):
         time.sleep(seconds)
         return function(*args, **kwargs)
-
     return slower
-
-
-def serve(commands: int, answers: int) -> None:
-    """Run each line of `commands` as the command, in a process of its own: its number is said, and how it ended.
-
-    Batches of scoring, and the end, are slow, so that a kill falls among them.
-    """
-    os.environ["OPENAI_API_KEY"] = SECRET
-    Losses.__call__ = slowed(Losses.__call__, 0.01)  # type: ignore[method-assign]
-    showing.view = slowed(showing.view, 0.3)
-    with os.fdopen(commands) as given, os.fdopen(answers, "w") as said:
-        for line in given:
-            child = os.fork()
-            if child == 0:
-                try:
-                    app(line.split(), prog_name="reflection-tuning")
-                finally:
-                    os._exit(1)
-            print(child, file=said, flush=True)
-            print(os.waitpid(child, 0)[1], file=said, flush=True)
-
-
-@pytest.fixture
-def forks(student: Path, room: Path) -> Iterator[tuple[Any, Any]]:
-    """Where commands go and where their numbers and ends come from. It is forked from this process, whose imports cost
-    seconds, before the server's thread begins."""
-    import openai  # noqa: F401
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
-
-    (given, commands), (answers, said) = os.pipe(), os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            os.close(commands)
-            os.close(answers)
-            serve(given, said)
-        finally:
-            os._exit(1)
-    os.close(given)
-    os.close(said)
-    with os.fdopen(commands, "w") as write, os.fdopen(answers) as read:
-        yield write, read
-    os.waitpid(child, 0)
+Losses.__call__ = slowed(Losses.__call__, 0.01)
+showing.view = slowed(showing.view, 0.3)
+main()
+"""
 
 
 def slowly(call: Call) -> Answer:
@@ -103,10 +67,7 @@ def lines_in(folder: Path) -> int:
 
 
 @pytest.mark.slow
-def test_kills_in_every_stage_go_on_to_the_same_files(
-    forks: tuple[Any, Any], room: Path, job: Any, slow: Server
-) -> None:
-    commands, answers = forks
+def test_kills_in_every_stage_go_on_to_the_same_files(room: Path, job: Any, slow: Server) -> None:
     out = room / "out"
     moments: list[tuple[str, Callable[[], bool]]] = [
         ("reflections on instructions and answers", lambda: len(slow.calls) >= 8),
@@ -117,15 +78,12 @@ def test_kills_in_every_stage_go_on_to_the_same_files(
     ]
     kept = 0
     for stage, reached in moments:
-        print(" ".join(job(out)), file=commands, flush=True)
-        process = int(answers.readline())
-        end = time.monotonic() + 60
-        while not reached():
-            os.kill(process, 0)  # it still runs
-            assert time.monotonic() < end, stage
-            time.sleep(0.002)
-        os.kill(process, signal.SIGKILL)
-        assert int(answers.readline()) == signal.SIGKILL, stage
+        with started("-c", SLOW, *job(out), log=room / "log", OPENAI_API_KEY=SECRET) as running:
+            while not reached():
+                assert running.poll() is None, f"{stage}\n{running.said}"
+                time.sleep(0.002)
+            running.kill()
+            assert running.poll() == -signal.SIGKILL, stage
         losses = lines_in(out / "losses")
         assert losses >= kept, stage
         kept = losses

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import flags, ranks
+from processes import flags, ranks, started
 from ressa.train import RepairConfig, repair
 from safetensors.torch import load_file
 
@@ -69,32 +68,28 @@ def test_a_repaired_model_is_better_and_has_every_zero(
     assert unmerged == pytest.approx(plain, rel=1e-4)
 
 
-def killed_at(step: int, config: RepairConfig) -> int:
-    """The signal that ended a copy of this process which repairs and is killed before a step."""
-    from ressa.repairing import RessaTrainer
-
-    child = os.fork()
-    if not child:
-        whole = RessaTrainer.training_step
-
-        def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if self.state.global_step == step:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return whole(self, *args, **kwargs)
-
-        RessaTrainer.training_step = training_step  # type: ignore[method-assign]
-        try:
-            repair(config)
-        finally:
-            os._exit(1)
-    return os.WTERMSIG(os.waitpid(child, 0)[1])
+# `python -m ressa.train`, killed before its 14th step.
+KILLED = """
+import os, signal
+from ressa import train
+from ressa.repairing import RessaTrainer
+whole = RessaTrainer.training_step
+def training_step(self, *args, **kwargs):
+    if self.state.global_step == 13:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return whole(self, *args, **kwargs)
+RessaTrainer.training_step = training_step
+train.main()
+"""
 
 
 def test_a_killed_run_ends_in_the_same_bits(
     adapters: tuple[Path, dict[str, Any]], pruned: Path, tmp_path: Path
 ) -> None:
     config = RepairConfig(model=str(pruned), output=tmp_path / "again", save_every=8, **HOW)
-    assert killed_at(13, config) == signal.SIGKILL
+    options = flags(HOW | {"save_every": 8, "model": pruned, "output": config.output})
+    killed = started("-c", KILLED, *options, log=tmp_path / "log")
+    assert killed.wait() == -signal.SIGKILL, killed.said
     assert not config.output.exists()
     assert (config.work / "checkpoint-8").is_dir()
     with pytest.raises(RequestError, match=r"unfinished run with rank 8, now 4"):
