@@ -387,7 +387,7 @@ def test_a_killed_run_goes_on_where_it_was_and_ends_as_if_never_killed(tmp_path)
     run_tables([(paper, paper.tables()["main"])], results=tmp_path / "other" / "results")
 
     def lasting(root: Path) -> dict:
-        passing = ("seconds", "measured", "key", "machine")  # the other run has other code: the script above
+        passing = ("seconds", "measured", "key", "code", "machine")  # the other run has other code: the script above
         units = read(root)["units"].items()
         return {name: {k: v for k, v in unit.items() if k not in passing} for name, unit in units}
 
