@@ -16,7 +16,11 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pytest
 
 
 @dataclass(frozen=True)
@@ -151,6 +155,16 @@ async def _serve(seconds: float) -> None:
     await server.listen()
     print(server.url, flush=True)
     await asyncio.Event().wait()
+
+
+def in_a_room(path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Work in the folder `path`, without a key in the environment and without waiting between attempts."""
+    from instruct_data.llm import endpoint
+
+    monkeypatch.chdir(path)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setattr(endpoint, "backoff", lambda attempt, rng: 0.001)
+    return path
 
 
 if __name__ == "__main__":

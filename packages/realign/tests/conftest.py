@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from llm_server import Server
+from llm_server import Server, in_a_room
 from realign.instructions import generate
 from realign.taxonomy import load_taxonomy
 
@@ -20,12 +20,7 @@ from rewriters import rewriting
 @pytest.fixture(autouse=True)
 def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Every test in a folder of its own, without a key in the environment and without waiting."""
-    from instruct_data.llm import endpoint
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.setattr(endpoint, "backoff", lambda attempt, rng: 0.001)
-    return tmp_path
+    return in_a_room(tmp_path, monkeypatch)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from llm_server import Server
+from llm_server import Server, in_a_room
 
 sys.path.insert(0, str(Path(__file__).parent))  # for teachers.py
 
@@ -17,12 +17,7 @@ from teachers import lines, some_records, teaching
 @pytest.fixture
 def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of the test's own, without a key in the environment and without waiting."""
-    from instruct_data.llm import endpoint
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.setattr(endpoint, "backoff", lambda attempt, rng: 0.001)
-    return tmp_path
+    return in_a_room(tmp_path, monkeypatch)
 
 
 @pytest.fixture
