@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import os
 import shutil
@@ -178,6 +179,9 @@ def test_code_counts_by_its_files(tmp_path, monkeypatch):
     (package / "__pycache__").mkdir(exist_ok=True)
     (package / "__pycache__" / "tables.py").write_text("compiled")
     (tmp_path / "src" / "other.py").write_text("")
+    (package / "verb.py").write_text("X = 1\n")  # what no row imports decides nothing
+    (package / "cli.py").write_text("X = 1\n")
+    importlib.import_module("made_up.cli")
     assert measured() == 0
     (package / "defaults.yaml").write_text("samples: 64\n")
     assert (measured(), measured()) == (5, 0)
@@ -185,7 +189,7 @@ def test_code_counts_by_its_files(tmp_path, monkeypatch):
     assert (measured(), measured()) == (5, 0)
     helper.write_text("X = 2\n")
     assert (measured(), measured()) == (5, 0)
-    (shared / "unused.py").write_text("X = 2\n")  # what no row imports decides nothing
+    (shared / "unused.py").write_text("X = 2\n")
     (shared / "new.py").write_text("X = 2\n")
     assert measured() == 0
     (shared / "used.py").write_text("X = 2\n")

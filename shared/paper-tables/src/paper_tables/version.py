@@ -58,9 +58,9 @@ def _tree(folder: Path, skip: tuple[str, ...], without: frozenset[str] = frozens
 class Code:
     """The code that measures a paper's rows, as hashes by name: `used` is what a result is kept with.
 
-    Always: the package's import folder, and ours that measure. Of the packages in `paper.code` only the modules that
-    this process has imported, and everything there that is no module, so that a new module beside them makes no
-    result doubtful. README, tests and tables lie outside of these folders; weights and compiled files do not count.
+    Always: ours that measure. Of the paper's own package and those in `paper.code` the modules that this process has
+    imported, but for a command line (`cli.py`), and everything there that is no module: so a new module or verb makes
+    no result doubtful. README, tests and tables lie outside of these folders; weights and compiled files do not count.
     """
 
     def __init__(self, paper: Paper) -> None:
@@ -76,11 +76,10 @@ class Code:
             origin = Path(spec.origin)
             if not spec.submodule_search_locations:
                 self._add(origin.name, origin)
-            elif name == own:
-                self.always[name] = _hash(_tree(origin.parent, NOT_CODE, NO_CODE_IN))
-            else:
-                self.always[f"{name} (data)"] = _hash(_tree(origin.parent, (*NOT_CODE, ".py"), NO_CODE_IN))
-                for file in sorted(origin.parent.rglob("*.py")):
+                continue
+            self.always[f"{name} (data)"] = _hash(_tree(origin.parent, (*NOT_CODE, ".py"), NO_CODE_IN))
+            for file in sorted(origin.parent.rglob("*.py")):
+                if file.name != "cli.py":
                     self._add(f"{name}/{file.relative_to(origin.parent).as_posix()}", file)
 
     def _add(self, name: str, file: Path) -> None:
