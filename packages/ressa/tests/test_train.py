@@ -217,11 +217,14 @@ def test_the_shipped_configurations_are_accepted(name: str, tmp_path: Path, monk
         assert config.samples // (2 * config.batch_size * config.accumulation) == 390
 
 
-def test_zero3_is_refused(pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whole_weights_are_not_trained_under_zero3(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RANK", "0")
     (tmp_path / "three.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
-    config = RepairConfig(model=str(pruned), output=tmp_path / "out", deepspeed=str(tmp_path / "three.json"))
-    with pytest.raises(RequestError, match=r"three.json asks for ZeRO-3.*use zero2"):
+    config = RepairConfig(model=str(pruned), output=tmp_path / "out", method="full",
+                          deepspeed=str(tmp_path / "three.json"))  # fmt: skip
+    with pytest.raises(RequestError, match=r"method full keeps zeros in whole weights, which .*three.json splits"):
         repair(config)
     assert [p.name for p in tmp_path.iterdir()] == ["three.json"]
 
@@ -243,12 +246,13 @@ def test_examples_that_are_too_long_are_refused_before_training(pruned: Path, tm
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_two_processes_under_zero2_agree_with_one(
-    adapters: tuple[Path, dict[str, Any]], pruned: Path, tmp_path: Path
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_two_processes_under_deepspeed_agree_with_one(
+    stage: str, adapters: tuple[Path, dict[str, Any]], pruned: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("deepspeed", reason="needs the extra [train]")
     out = tmp_path / "two"
-    how = HOW | {"batch_size": 8, "max_steps": 3, "model": pruned, "output": out, "deepspeed": "zero2"}
+    how = HOW | {"batch_size": 8, "max_steps": 3, "model": pruned, "output": out, "deepspeed": stage}
     ranks("-m", "ressa.train", "--json", *flags(how), log=tmp_path / "log").finish()
     logs = [[json.loads(x) for x in (f / "training_log.jsonl").read_text().splitlines()] for f in (adapters[0], out)]
     one, two = ([entry["loss"] for entry in log if "loss" in entry] for log in logs)

@@ -208,15 +208,19 @@ def export(
     folder: Annotated[str, typer.Argument(metavar="FOLDER", help="A checkpoint with zeros.")],
     output: Output = Path("exported"),
     form: Annotated[
-        str, typer.Option("--format", help="compress (a bit for each weight, and values), decompress, or torch-24.")
+        str,
+        typer.Option(
+            "--format",
+            help="compress (a bit for each weight, and values), decompress, int8 or fp8 (zeros stay), or torch-24.",
+        ),
     ] = "compress",
     overwrite: Overwrite = False,
 ) -> dict[str, Any]:
     """Store a sparse checkpoint small, and back; or say what torch's 2:4 kernels would take of it on this machine."""
     from ressa import workflow
 
-    if form not in ("compress", "decompress", "torch-24"):
-        raise RequestError(f"--format {form} is not accepted; give compress, decompress or torch-24")
+    if form not in ("compress", "decompress", "int8", "fp8", "torch-24"):
+        raise RequestError(f"--format {form} is not accepted; give compress, decompress, int8, fp8 or torch-24")
     if form != "torch-24":
         refuse_existing(output, overwrite)
     return workflow.export(folder, output, form, overwrite)

@@ -22,9 +22,11 @@ from transformers.trainer_callback import PrinterCallback
 from model_hooks.loading import quiet
 from paper_tables import progress, trainer
 from paper_tables.errors import WorkFailed
+from paper_tables.launch import is_main_process
 from paper_tables.training import LOG
 from ressa.data import Example
 from ressa.encoding import Encoder, collate, encoder_of
+from ressa.sharding import gathered, loaded_whole, prepare_for_splitting
 from ressa.train import RepairConfig
 
 TRAINABLE = "trainable.safetensors"
@@ -99,7 +101,9 @@ class RessaTrainer(Trainer):
         super().log({**logs, **(self.parts if "loss" in logs else {})}, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if output_dir and self.args.should_save:
+        if output_dir is None or self.is_deepspeed_enabled:  # DeepSpeed's own checkpoint holds them
+            return
+        if self.args.should_save:
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             save_file(trainable(self.model), Path(output_dir) / TRAINABLE)
 
@@ -168,11 +172,13 @@ def run(
         )  # fmt: skip
         tuner.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     model.eval()
+    trained = [p for p in model.parameters() if p.requires_grad]
     losses = [entry["loss"] for entry in tuner.state.log_history if "loss" in entry]
     loss = losses[-1] if losses else tuner.state.log_history[-1].get("train_loss", math.nan)
-    if not all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad):
+    with gathered(trained):
+        finite, count = all(bool(p.isfinite().all()) for p in trained), sum(p.numel() for p in trained)
+    if not finite:
         raise WorkFailed("a trained weight became infinite or NaN; nothing was written: lower --learning-rate")
-    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {"steps": tuner.state.global_step, "loss": loss, "trainable": count, "seconds": time.monotonic() - began}
 
 
@@ -188,7 +194,7 @@ def objective_of(config: RepairConfig, encoder: Encoder) -> Any:
 
 
 def fit(config: RepairConfig, arguments: Any) -> tuple[dict[str, Any], Callable[[Path], None]]:
-    """Train as `config` says; what `repair` returns, and what writes the output. Every process of a launcher calls it.
+    """Train as `config` says; what `repair` returns, and what writes the output. Every process calls it, and that too.
 
     Raises `RequestError` and `WorkFailed`, as `repair` says.
     """
@@ -197,19 +203,22 @@ def fit(config: RepairConfig, arguments: Any) -> tuple[dict[str, Any], Callable[
     from ressa.folders import load_base
 
     set_seed(config.seed)
-    base = load_base(config.model, config.wanted_teacher, torch.bfloat16 if config.bf16 else torch.float32)
+    with loaded_whole(arguments):
+        base = load_base(config.model, config.wanted_teacher, torch.bfloat16 if config.bf16 else torch.float32)
     encoder = encoder_of(base.model.config, base.processor, config.max_length)
     examples = read(config.data, config.samples, seed=config.seed, skip_bad_rows=config.skip_bad_rows)
     left_out = set(config.record()["left_out"])
     rows = Rows(encoder, [one for i, one in enumerate(examples) if i not in left_out])
     branches = find_branches(base.model)
     model, teach, write = prepared(config, base, branches)
+    if arguments.deepspeed_plugin is not None and arguments.deepspeed_plugin.zero_stage == 3:
+        prepare_for_splitting(model, teach is not None)
     result = run(config, arguments, model, teach, rows, encoder)
     return {"output": config.output, **result}, write
 
 
 def prepared(config: RepairConfig, base: Any, branches: Any) -> tuple[Any, Teach | None, Callable[[Path], None]]:
-    """The model to train, its teacher, and what writes the result."""
+    """The model to train, its teacher, and what writes the result: every process calls that, and the first writes."""
     if config.method == "full":
         return _full(config, base)
     from ressa.adapters import attach
@@ -227,7 +236,9 @@ def prepared(config: RepairConfig, base: Any, branches: Any) -> tuple[Any, Teach
     def write(folder: Path) -> None:
         for adapter in model.peft_config.values():
             adapter.base_model_name_or_path = config.model  # also where the weights were a teacher's
-        model.save_pretrained(str(folder))
+        with gathered(p for p in model.parameters() if p.requires_grad):
+            if is_main_process():
+                model.save_pretrained(str(folder))
 
     return model, teach if base.dense else None, write
 
@@ -250,7 +261,8 @@ def _full(config: RepairConfig, base: Any) -> tuple[Any, Teach | None, Callable[
 
     def write(folder: Path) -> None:
         apply_masks(model, base.masks)
-        merging.save(model, folder, base.processor)
+        if is_main_process():
+            merging.save(model, folder, base.processor)
 
     return model, teach if base.dense else None, write
 

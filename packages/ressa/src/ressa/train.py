@@ -10,7 +10,6 @@ bit on a CPU.
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from paper_tables.errors import nearest
 from paper_tables.launch import deepspeed_file, is_main_process, run_module
 from paper_tables.options import command_of
 from paper_tables.training import LOG, Run, prepare
+from ressa.sharding import is_stage3
 
 METHODS = ("sparselora", "full")
 BACKWARDS = ("exact", "ste", "auto")
@@ -57,7 +57,7 @@ class RepairConfig(Run):
         max_length: Tokens of an example at most, with its image; 0: no limit.
         skip_bad_rows: So many records that cannot be used are passed over.
         learning_rate: Peak, after which it falls as a cosine to a tenth.
-        deepspeed: zero2, or a DeepSpeed file of your own; needs a launcher.
+        deepspeed: zero2, zero3, or a DeepSpeed file of your own; needs a launcher.
 
     Raises:
         RequestError: a value is not accepted.
@@ -142,7 +142,8 @@ def repair(config: RepairConfig) -> dict[str, Any]:
     refuse_existing(config.output, config.overwrite)
     refuse_overlap(config.output, config.model)
     deepspeed = deepspeed_file(__file__, config.deepspeed)
-    _refuse_zero3(deepspeed)
+    if config.method == "full" and is_stage3(deepspeed):
+        raise RequestError(f"method full keeps zeros in whole weights, which {deepspeed} splits; use zero2")
     if is_main_process():
         prepare(config, partial(_start, config))
     from accelerate import PartialState
@@ -157,19 +158,12 @@ def repair(config: RepairConfig) -> dict[str, Any]:
         if is_main_process() and not any(config.work.glob("checkpoint-*")):
             shutil.rmtree(config.work)  # refused before a step was made: nothing to go on with
         raise
+    write(config.output)
     if is_main_process():
-        write(config.output)
         shutil.copyfile(config.work / LOG, config.output / LOG)
         shutil.rmtree(config.work)
     PartialState().wait_for_everyone()
     return result
-
-
-def _refuse_zero3(deepspeed: str | None) -> None:
-    """Raise `RequestError` for a DeepSpeed file of stage 3: masks need whole weights in every process."""
-    stage = json.loads(Path(deepspeed).read_text()).get("zero_optimization", {}).get("stage") if deepspeed else 0
-    if stage == 3:
-        raise RequestError(f"{deepspeed} asks for ZeRO-3, which splits the weights that masks go with; use zero2")
 
 
 def _start(config: RepairConfig, part: Path) -> dict[str, Any]:

@@ -217,13 +217,16 @@ def summary(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def export(folder: str, output: Path, form: str, overwrite: bool) -> dict[str, Any]:
-    """`ressa export`: the bit-mask format, back from it, or what torch's 2:4 kernels take."""
+    """`ressa export`: the bit-mask format, back from it, eight bits, or what torch's 2:4 kernels take."""
     from ressa import export as runtimes
+    from ressa import quantising
 
     if form == "compress":
         return runtimes.compress(folder, output, overwrite=overwrite)
     if form == "decompress":
         return {"output": runtimes.decompress(folder, output, overwrite=overwrite)}
+    if form in quantising.SCHEMES:
+        return quantising.quantise(folder, output, form, overwrite=overwrite)
     found = runtimes.accelerate_24(folders.load_any(folder)[0])
     reasons: dict[str, int] = {}
     for reason in found["left"].values():
