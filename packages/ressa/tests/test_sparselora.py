@@ -42,7 +42,7 @@ class Setting:
         return found
 
 
-def train(model: Any, steps: int = 20) -> Any:
+def train(model: Any, steps: int = 50) -> Any:
     """Random gradients: every factor moves."""
     generator = torch.Generator().manual_seed(0)
     parameters = [p for p in model.parameters() if p.requires_grad]
