@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 SETTINGS: dict[str, Any] = {
     "data": "zoo:calibration", "samples": 24, "length": 32, "heldout_samples": 8, "batch_size": 2, "accumulation": 2,
-    "max_steps": 3, "learning_rate": 1e-2, "rank": 4, "alpha": 8, "log_every": 1,
+    "max_steps": 4, "learning_rate": 1e-2, "rank": 4, "alpha": 8, "log_every": 1,
 }  # fmt: skip
 
 
@@ -32,7 +32,7 @@ PLANS = {
 
 @pytest.mark.parametrize(
     ("deepspeed", "method", "plan"),
-    [("zero2", "lora", "even"), ("zero3", "lora", "uneven")],
+    [("zero2", "lora", "uneven"), ("zero3", "lora", "even"), ("zero3", "full", "uneven")],
 )
 def test_two_processes_give_what_one_gives(
     deepspeed: str, method: str, plan: str, folder: Path, tmp_path: Path
