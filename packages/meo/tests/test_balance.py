@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from meo import convert, gating
+from meo import convert, gating, load, move_biases, save
 from meo.config import MeoConfig
 from meo.converting import banks
 from meo.gate import Decision, balance_loss, decide
@@ -61,7 +61,7 @@ def test_all_experts_selected_means_no_load_to_balance() -> None:
     config = MeoConfig(experts=3, k=3)
     found = decide(torch.randn(4, 3), torch.ones(4, 3), config, True)
     assert torch.equal(found.load, torch.ones(4, 3))
-    equal = Decision(found.idx, torch.full((4, 3), 1 / 3), found.logits, found.load)
+    equal = Decision(found.idx, torch.full((4, 3), 1 / 3), found.logits, found.load, found.chosen)
     assert balance_loss(equal, config).item() == pytest.approx(0, abs=1e-9)
 
 
@@ -95,6 +95,76 @@ def test_gates_learn_from_the_first_step_on_unless_experts_are_alike(init: str) 
     model(input_ids=ids(4, 8), labels=ids(4, 8)).loss.backward()
     largest = max(float(bank.w_gate.grad.abs().max()) for bank in banks(model).values())
     assert largest < 1e-5 if init == "copy" else largest > 1e-5
+
+
+def test_biases_count_for_the_selection_alone() -> None:
+    """Of equal logits the least used expert wins, and its weight is what its logit says."""
+    z = torch.tensor([[3.0, 2.0, 1.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    config = MeoConfig(experts=4, k=2, gate="topk", bias_rate=0.1)
+    found = decide(z, None, config, False, torch.tensor([0.0, -5.0, 0.0, 2.5]))
+    assert found.idx.tolist() == [[0, 3]]
+    torch.testing.assert_close(found.g, z[:, [0, 3]].softmax(-1))
+    assert found.chosen.tolist() == [[1, 0, 0, 1]]
+    plain = decide(z, None, config, False)
+    assert plain.idx.tolist() == [[0, 1]]
+    found.g[0, 0].backward()
+    assert z.grad is not None
+    assert z.grad[0, [1, 2]].tolist() == [0, 0]
+
+
+def test_moves_without_a_loss_bring_every_expert_into_use() -> None:
+    """Gates that prefer two of four experts for all that comes."""
+    model = merged("bert", gate="topk", balance_coef=0.0, bias_rate=0.05).train()
+    with torch.no_grad():
+        for bank in banks(model).values():
+            bank.w_gate.mul_(0.05)
+            bank.w_gate[:, :2] += 0.01
+    tokens = ids(32, 8)
+
+    def shares() -> torch.Tensor:
+        with torch.no_grad(), gating() as seen:
+            model(input_ids=tokens)
+        assert seen.loss == 0
+        found = torch.stack(list(seen.chosen.values())) / 64
+        move_biases(seen)
+        return found.max(1).values
+
+    first = shares()
+    for _ in range(60):
+        last = shares()
+    assert float(first.mean()) > 0.4
+    assert float(last.max()) < 0.35  # of 0.25 in balance
+    assert all(int(bank.moves.abs().max()) > 0 for bank in banks(model).values())
+
+
+def test_biases_are_kept_in_every_precision_and_one_group_moves_nothing(tmp_path: Path) -> None:
+    model = merged("llama", level="prefix", bias_rate=0.001, gate="topk").train()
+    with gating() as one:
+        model(input_ids=ids(1, 6))
+    move_biases(one)
+    assert not any(bool(bank.moves.any()) for bank in banks(model).values())
+    with gating() as one, torch.no_grad():
+        model(input_ids=ids(3, 6))
+    for _ in range(700):
+        move_biases(one)
+    model.bfloat16()
+    assert all(int(bank.moves.abs().max()) == 700 for bank in banks(model).values())
+    save(model.eval(), tmp_path / "m")
+    again = banks(load(tmp_path / "m", tokenizer=False)[0])
+    assert all(torch.equal(bank.moves, again[name].moves) for name, bank in banks(model).items())
+
+
+def test_a_steps_batches_move_once_together_and_padding_is_not_counted() -> None:
+    model = merged("bert", method="moe", level="token", gate="topk", bias_rate=0.1).train()
+    tokens, mask = ids(2, 6), torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1]])
+    seen = []
+    for row in range(2):
+        with gating() as one:
+            model(input_ids=tokens[row : row + 1], attention_mask=mask[row : row + 1])
+        assert all(int(counts.sum()) == 2 * int(mask[row].sum()) for counts in one.chosen.values())
+        seen.append(one)
+    move_biases(*seen)
+    assert all(bank.moves.abs().max() == 1 for bank in banks(model).values())
 
 
 def process(rank: int, folder: str) -> None:

@@ -140,6 +140,19 @@ def test_gates(gate: str) -> None:
     compare(made, frame_of(made))
 
 
+def test_gumbels_gate_weighs_equally_and_learns_as_a_softmax() -> None:
+    made = bank(gate="gumbel-st")
+    frame = frame_of(made)
+    x = torch.randn(B, T, IN, generator=torch.Generator().manual_seed(2)).double()
+    torch.testing.assert_close(made.mixed(x, frame).flatten(0, 1), naive(made, x, frame), atol=1e-10, rtol=1e-10)
+    z = torch.randn(2, N, dtype=torch.float64, requires_grad=True)
+    found, weight = decide(z, None, made.config, False), torch.randn(2, 3).double()
+    (found.g * weight).sum().backward()
+    soft = z.detach().clone().requires_grad_()
+    (soft.softmax(-1).gather(-1, found.idx) * weight).sum().backward()
+    torch.testing.assert_close(z.grad, soft.grad)
+
+
 @pytest.mark.parametrize("changes", [{"method": "moe", "level": "token"}, {"method": "moe"}, {"init": "lora"},
                                      {"init": "lora", "level": "task"}, {"init": "lora", "level": "cumulative"},
                                      {"temperature": 3.0}])  # fmt: skip
@@ -171,10 +184,11 @@ def test_half_precision_is_near_float32() -> None:
         want = made.mixed(x, frame_of(made))
         with torch.autocast("cpu", torch.bfloat16):
             under = made.mixed(x, frame_of(made))
-        half = made.bfloat16().mixed(x.bfloat16(), frame_of(made))
-    assert under.dtype == half.dtype == torch.bfloat16
-    torch.testing.assert_close(under.float(), want, atol=0.08, rtol=0.05)
-    torch.testing.assert_close(half.float(), want, atol=0.08, rtol=0.05)
+        halves = [made.to(dtype).mixed(x.to(dtype), frame_of(made)) for dtype in (torch.float16, torch.bfloat16)]
+    assert [y.dtype for y in (under, *halves)] == [torch.bfloat16, torch.float16, torch.bfloat16]
+    for y in (under, *halves):
+        torch.testing.assert_close(y.float(), want, atol=0.08, rtol=0.05)
+    torch.testing.assert_close(halves[0].float(), want, atol=0.01, rtol=0.01)
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -279,3 +293,24 @@ def test_merge_chunk_bounds_the_merged_matrices() -> None:
         return x @ (weight[decision.idx] * decision.g[..., None, None]).sum(1).mT
 
     assert peak(original) >= 4 * merge
+
+
+@pytest.mark.parametrize("distinct", [1, 3, 8])
+def test_groups_with_equal_gates_share_a_matrix(distinct: int) -> None:
+    """Values and all gradients, those of each group's own gates too; and as many matrices as gates differ."""
+    groups, wide = 8, 64
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(N, wide, wide, generator=generator).double().requires_grad_()
+    x = torch.randn(groups, 3, wide, generator=generator).double().requires_grad_()
+    row = torch.arange(groups) % distinct
+    idx = torch.stack([torch.randperm(N, generator=generator)[:3] for _ in range(distinct)])[row]
+    g = torch.rand(distinct, 3, generator=generator).double()[row].requires_grad_()
+    out = mix(x, weight, None, idx, g, "merge", merge_chunk=groups)
+    want = torch.einsum("gli,gkoi,gk->glo", x, weight[idx], g)
+    torch.testing.assert_close(out, want, atol=1e-10, rtol=1e-10)
+    for a, b in zip(torch.autograd.grad(out.sin().sum(), (x, weight, g)),
+                    torch.autograd.grad(want.sin().sum(), (x, weight, g))):  # fmt: skip
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+    with torch.no_grad():
+        peak = peak_tensor_bytes(lambda: mix(x, weight, None, idx, g, "merge", merge_chunk=groups))
+    assert (distinct - 0.5) * wide * wide * 8 < peak < (distinct + 1.5) * wide * wide * 8

@@ -98,6 +98,15 @@ def test_another_version_is_refused(tmp_path: Path) -> None:
         load(tmp_path / "m", head="cls")
 
 
+def test_tensor_parallelism_is_refused(tmp_path: Path) -> None:
+    from transformers.distributed import DistributedConfig
+
+    save(merged("llama", level="chunk"), tmp_path / "m", verify=False)
+    for how in ({"tp_plan": "auto"}, {"distributed_config": DistributedConfig(tp_plan="auto")}):
+        with pytest.raises(RequestError, match="cannot be cut by tensor parallelism"):
+            transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", **how)
+
+
 def test_a_new_head_is_new_and_the_body_is_read(tmp_path: Path) -> None:
     dense("bert").save_pretrained(tmp_path / "m")
     model, _ = load(tmp_path / "m", head="classification", tokenizer=False, num_labels=3)

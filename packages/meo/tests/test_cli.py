@@ -87,9 +87,10 @@ def test_flops_are_the_papers() -> None:
 
 def test_bench_prints_ratios() -> None:
     found = meo.said("bench", "--hidden", "32", "--inner", "64", "--batch", "4", "--tokens", "8", "--rounds", "3")
-    assert len(found["speed"]) == 7
-    assert all(row["ratio"] > 0 for row in found["speed"])
-    assert found["peak_bytes_of_broadcast_merge"] >= 4 * 4 * 4 * 32 * 64
+    assert len(found["speed"]) == 9
+    assert all(row["ratio"] > 0 for row in [*found["speed"], *found["memory"]])
+    by_operations = {row["times faster"]: row["by operations"] for row in found["speed"]}
+    assert by_operations["forward: MEO / MoE, k = 4"] == pytest.approx(4 * 2 * 8 / (2 * 8 + 4))
 
 
 def test_train_takes_the_originals_flags(gpt2: Path) -> None:

@@ -9,9 +9,9 @@ from test_bank import IN, B, T, bank, frame_of
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
-@pytest.mark.parametrize("level", ["task", "sequence", "token", "prefix", "chunk", "encoder"])
+@pytest.mark.parametrize("level", ["task", "sequence", "token", "prefix", "chunk", "cumulative", "encoder"])
 def test_a_bank_is_one_graph(level: str) -> None:
-    made = bank(level).float()
+    made = bank(level, bias_rate=0.1).float()
     x = torch.randn(B, T, IN)
     frame = frame_of(made)
     frame.codes, frame.encoder = frame.codes.float(), frame.encoder.float()

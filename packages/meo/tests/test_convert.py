@@ -59,6 +59,19 @@ def test_gates_may_be_shared() -> None:
         assert len(seen.gates) == count
 
 
+@pytest.mark.parametrize("changes", [{"level": "token", "reduce": 16}, {"init": "lora"}, {"gate": "hash"}])
+def test_the_seed_decides_what_is_drawn_and_nothing_else_is(changes: dict[str, Any]) -> None:
+    made = []
+    for outer in (1, 2):
+        torch.manual_seed(outer)
+        before = torch.get_rng_state()
+        made.append(convert(dense("bert"), seed=3, **changes).state_dict())
+        assert torch.equal(torch.get_rng_state(), before)
+    other = convert(dense("bert"), seed=4, **changes).state_dict()
+    assert all(torch.equal(tensor, made[1][name]) for name, tensor in made[0].items())
+    assert any(not torch.equal(tensor, other[name]) for name, tensor in made[0].items())
+
+
 def test_targets_and_excludes_are_patterns_of_names() -> None:
     model = convert(dense("llama"), targets=(r"layers\.1\.mlp\.(up|down)_proj$",), exclude=("down",))
     assert list(banks(model)) == ["model.layers.1.mlp.up_proj"]
@@ -84,6 +97,8 @@ def test_token_blocks_are_on_every_bank_at_level_token() -> None:
     ("gpt2", {"level": "sequence"}, "sequence-level gating looks at future tokens; use prefix, chunk or task"),
     ("llama", {"level": "token"}, "token-level gating looks at future tokens"),
     ("bert", {"method": "moe", "init": "lora"}, "no low-rank experts"),
+    ("bert", {"bias_rate": -1.0}, "bias_rate is -1"),
+    ("bert", {"bias_rate": 0.1, "gate": "softmax"}, "selects the same experts always"),
 ])  # fmt: skip
 def test_wrong_requests_change_nothing(name: str, changes: dict[str, Any], message: str) -> None:
     model = dense(name)

@@ -149,6 +149,17 @@ def test_classes_are_scored_as_the_definitions_say() -> None:
     assert found["mcc"]["value"] == pytest.approx(100 * (2 * 1 - 1 * 1) / 6)
 
 
+def test_scores_are_compared_by_their_correlations() -> None:
+    from meo.scoring import _correlations
+
+    found = _correlations([1.0, 2.0, 2.0, 9.0], [0.5, 0.5, 1.5, 3.0])
+    x, y = torch.tensor([1.0, 2, 2, 9]), torch.tensor([0.5, 0.5, 1.5, 3])
+    assert found["pearson"]["value"] == pytest.approx(100 * float(torch.corrcoef(torch.stack([x, y]))[0, 1]), rel=1e-5)
+    ranks = torch.tensor([[0, 1.5, 1.5, 3], [0.5, 0.5, 2, 3]])
+    assert found["spearman"]["value"] == pytest.approx(100 * float(torch.corrcoef(ranks)[0, 1]), rel=1e-5)
+    assert _correlations([1.0, 1.0], [0.0, 1.0])["pearson"]["value"] == 0
+
+
 def test_language_losses_are_token_means(gpt2: Path) -> None:
     model, tokenizer = load(gpt2)
     rows = [{"input_ids": ids(1, n, seed=n)[0].tolist()} for n in (5, 9)]

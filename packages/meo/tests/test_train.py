@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from commands import Command
 from meo import convert, gating, load
+from meo.cli import app
 from meo.converting import banks
 from meo.options import Conversion, read_tasks, translate
 from meo.train import TrainConfig, main, train
@@ -69,13 +71,20 @@ def figures(result: dict[str, Any]) -> dict[str, dict[str, float]]:
     ("mlm", "bert", "sequence"), ("qa", "t5", "sequence"), ("qa", "gpt2", "prefix"),
     ("summarization", "bart", "sequence"),
 ])  # fmt: skip
-def test_every_kind_of_task(
+def test_every_kind_of_task_with_the_originals_flags(
     kind: str, name: str, level: str, models: dict[str, Path], data: dict[str, Path], tmp_path: Path
 ) -> None:
     before = {file.name: file.read_bytes() for file in models[name].iterdir()}
-    config = TrainConfig(model=str(models[name]), output=tmp_path / "out", kind=kind, data=str(data[kind]),
-                         **{**QUICK, "level": level, "reduce": 16, "chunk": 8})  # fmt: skip
-    result = train(config)
+    length = {"clm": "block_size", "summarization": "max_source_length"}.get(kind, "max_seq_length")
+    answers = {"qa": ["--max_answer_length", 6], "summarization": ["--max_target_length", 6]}.get(kind, [])
+    result = Command(app).said(
+        "train", "--kind", kind, "--model_name_or_path", models[name], "--output_dir", tmp_path / "out",
+        "--train_file", data[kind], "--use_moe", "MEO", "--moe_level", level, "--n_experts", 4, "--k", 2,
+        "--max_train_samples", 48, "--max_eval_samples", 16, f"--{length}", 24, *answers, "--max_steps", 8,
+        "--per_device_train_batch_size", 8, "--learning_rate", "1e-2", "--logging_steps", 1, "--warmup_ratio", "0.0",
+        "--do_train", "True", "--do_eval", "--evaluation_strategy", "epoch", "--load_best_model_at_end", "True",
+        "--fp16", "--description_size", 128, "--reduce", 16, "--chunk", 8,
+    )  # fmt: skip
     log = [json.loads(line) for line in (tmp_path / "out" / "training_log.jsonl").read_text().splitlines()]
     losses = [entry["loss"] for entry in log if "loss" in entry]
     assert result["steps"] == len(losses) == 8
@@ -91,6 +100,24 @@ def test_every_kind_of_task(
     assert tokenizer.pad_token_id is not None
     assert {file.name: file.read_bytes() for file in models[name].iterdir()} == before
     assert not (tmp_path / "out.training").exists()
+
+
+def test_scores_are_learned_as_numbers(models: dict[str, Path], tmp_path: Path) -> None:
+    """Labels with a fraction, as STS-B's, are no classes."""
+    words = ["red", "blue", "green", "black"]
+    rows = [f"a {words[i % 4]} thing,a {words[i // 4 % 4]} one,{0.5 + i % 4}\n" for i in range(64)]
+    (tmp_path / "scores.csv").write_text("sentence1,sentence2,label\n" + "".join(rows))
+    config = TrainConfig(model=str(models["bert"]), output=tmp_path / "out", data=str(tmp_path / "scores.csv"),
+                         **{**QUICK, "max_steps": 24, "level": "sequence"})  # fmt: skip
+    found = figures(train(config))
+    assert set(found) == {"pearson", "spearman", "loss"}
+    assert found["loss"]["after"] < 0.5 * found["loss"]["before"]
+    assert load(tmp_path / "out")[0].config.num_labels == 1
+    again = Command(app).said("eval", tmp_path / "out", "--data", tmp_path / "scores.csv", "--samples", 8)
+    assert {row["figure"] for row in again["figures"]} == set(found)
+    (tmp_path / "one.csv").write_text("text,label\n" + "x,0\n" * 40)
+    with pytest.raises(RequestError, match="two classes are needed"):
+        train(TrainConfig(model=str(models["bert"]), output=tmp_path / "o", data=str(tmp_path / "one.csv"), **QUICK))
 
 
 def test_a_dense_model_and_a_vanilla_mixture_train_too(
@@ -167,6 +194,19 @@ def test_parts_are_what_is_trained(parts: str, trained: set[str]) -> None:
     assert {n for n in names if "encoder.layer" not in n} == {"classifier.weight", "classifier.bias"}
 
 
+def test_weight_decay_leaves_the_experts_out_when_asked(tmp_path: Path) -> None:
+    from transformers import TrainingArguments
+
+    model = merged("classifier", level="token", reduce=16)
+    settings = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", weight_decay=0.1)
+    decayed = [set(tuning.BalancedTrainer(model=model, args=settings, decay_experts=asked)
+                   .get_decay_parameter_names(model)) for asked in (True, False)]  # fmt: skip
+    own = {f"{bank}.{name}" for bank, made in banks(model).items() for name, _ in made.named_parameters()}
+    assert decayed[0] - decayed[1] == decayed[0] & own
+    assert {name for name in own if name.endswith("dense.weight")} <= decayed[0]
+    assert "classifier.weight" in decayed[1]
+
+
 def test_the_originals_flags_mean_ours(capsys: pytest.CaptureFixture[str]) -> None:
     given = ["--model_name_or_path", "bert", "--use_moe", "MEO", "--moe_level", "task", "--k", "12",
              "--n_experts", "16",
@@ -199,10 +239,21 @@ def test_tasks_are_read_from_files_and_names(tmp_path: Path) -> None:
     ({"kind": "clasification"}, "did you mean 'classification'"), ({"parts": "al"}, "did you mean 'all'"),
     ({"method": "meow"}, "did you mean 'meo'"), ({"experts": 2, "k": 3}, "k is 3"), ({"length": 1}, "length is 1"),
     ({"deepspeed": "zero2"}, "needs a launcher"), ({"level": "task"}, "needs tasks"),
+    ({"fsdp": True}, "needs a launcher"), ({"min_target_length": -1}, "min_target_length is -1"),
+    ({"bias_rate": -0.1}, "bias_rate is -0.1"),
 ])  # fmt: skip
 def test_wrong_settings(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         TrainConfig(model="zoo:gpt2", output=Path("x"), **changes)
+
+
+def test_fsdp_needs_gpus_and_excludes_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    if not torch.accelerator.is_available():
+        with pytest.raises(RequestError, match="accelerate cuts models over GPUs only"):
+            TrainConfig(model="zoo:gpt2", output=Path("x"), fsdp=True)
+    with pytest.raises(RequestError, match="give one of them"):
+        TrainConfig(model="zoo:gpt2", output=Path("x"), fsdp=True, deepspeed="zero2")
 
 
 def test_nothing_is_written_for_a_request_that_fails(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from mod_router.attaching import routers
+
+from model_hooks.zoo import tokenizer as zoo_tokenizer
 
 VOCAB, HIDDEN, LAYERS = 97, 32, 4
 SMALL: dict[str, Any] = {
@@ -70,3 +73,20 @@ def randomise(model: Any, seed: int = 0, scale: float = 3.0) -> Any:
     for router in routers(model).values():
         router.weight.data.copy_(torch.randn(router.weight.shape, generator=generator) * scale)
     return model
+
+
+def write_tiny(folder: Path, **changes: Any) -> Path:
+    """A random model of six layers with the zoo's tokenizer."""
+    tokenizer = zoo_tokenizer.load()
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 0,
+             "eos_token_id": 0, "pad_token_id": 1}  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**sizes, **changes}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.1)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

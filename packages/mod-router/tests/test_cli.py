@@ -157,6 +157,10 @@ def test_merge_inspect_and_generate(routers: Path, base: Path) -> None:
     assert from_both[0] == from_both[1]
     assert from_both[0]["text"].startswith("import os")
     assert sorted(from_both[0]["ran"] + from_both[0]["skipped"]) == [1, 2]
+    drafted = said("generate", routers, "--prompt", "import os", "--max-new-tokens", 5, "--lossless")
+    open_all = said("generate", routers, "--prompt", "import os", "--max-new-tokens", 5, "--tau", 1e-6)
+    assert drafted["text"] == open_all["text"]
+    assert drafted["tokens_a_pass"] >= 1
     assert said("eval", "merged", *DATA)["capacity"] == said("eval", routers, *DATA)["capacity"]
 
 

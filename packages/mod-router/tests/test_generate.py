@@ -78,10 +78,16 @@ def test_cached_is_uncached_for_other_units(name: str, unit: str) -> None:
 def test_all_closed_is_the_model_without_these_attentions(name: str) -> None:
     from model_hooks import drop
 
-    model, x = attach(build(name), ATTACHED), ids(3, 8)
+    model, x = attach(build(name).double(), ATTACHED), ids(3, 8)
+    want = drop(build(name).double(), attention=(0, 1, 2))(input_ids=x).logits
     with routing_context(forced={i: torch.zeros(3, dtype=torch.bool) for i in (0, 1, 2)}):
         closed = model(input_ids=x, use_cache=False).logits
-    torch.testing.assert_close(closed, drop(build(name), attention=(0, 1, 2))(input_ids=x).logits, atol=1e-5, rtol=1e-5)
+        out = model(input_ids=x, use_cache=True)
+        step = model(input_ids=x[:, :1], past_key_values=out.past_key_values).logits  # norms of closed units rest here
+    torch.testing.assert_close(closed, want, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(out.logits, want, atol=1e-6, rtol=1e-6)
+    longer = drop(build(name).double(), attention=(0, 1, 2))(input_ids=torch.cat([x, x[:, :1]], 1)).logits[:, -1:]
+    torch.testing.assert_close(step, longer, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
@@ -93,6 +99,9 @@ def test_bytes_are_those_of_the_open_rows(name: str) -> None:
         cache = model(input_ids=x, use_cache=True).past_key_values
     if name == "llama":  # a half, a half, none and all of four equal layers
         assert kv_bytes(cache) == whole * 2 / 4
+        with routing_context(forced={0: half, 1: half, 2: torch.ones(4, dtype=torch.bool)}):
+            three_quarters = model(input_ids=x, use_cache=True).past_key_values
+        assert kv_bytes(three_quarters) == whole * 0.75  # half of the layers half-closed
     row = [layer.keys[:1].numel() * 8 for layer in (cache.layers[0], cache.layers[1], cache.layers[3])]
     assert kv_bytes(cache) == 2 * row[0] + 2 * row[1] + 4 * row[2]
 
@@ -103,6 +112,7 @@ def test_a_decision_is_the_same_alone_in_any_batch_and_under_any_padding(name: s
     x, mask = left_padded(LENGTHS)
     together = open_rows(model, x, mask)
     assert any(len(set(rows)) == 2 for rows in together.values())
+    assert open_rows(model, x, mask) == together
     for row, length in enumerate(LENGTHS):
         alone = x[row : row + 1, -length:]
         right = torch.cat([alone, torch.zeros(1, 5, dtype=torch.long)], 1)
@@ -177,6 +187,21 @@ def test_a_second_turn_goes_by_the_first_ones_decision(name: str) -> None:
     assert all(torch.equal(cache.decisions[i], d) for i, d in decisions.items())
 
 
+def test_rows_of_a_cache_can_be_chosen_and_repeated() -> None:
+    model, x = routed(), ids(5, 9)
+    want = greedy(model, x)
+    for index in ([0, 1, 2, 3, 4], [4, 2], [3], [1, 1, 0]):
+        cache = RoutedCache(model)
+        model(input_ids=x, past_key_values=cache)
+        cache.batch_select_indices(torch.tensor(index))
+        step = model(input_ids=want[index, 9:10], past_key_values=cache).logits[:, -1]
+        assert torch.equal(step.argmax(-1), want[index, 10])
+        cache.batch_repeat_interleave(2)
+        cache.crop(-1)
+        twice = model(input_ids=want[index, 9:10].repeat_interleave(2, 0), past_key_values=cache).logits[:, -1]
+        torch.testing.assert_close(twice[::2], step, atol=1e-4, rtol=1e-4)
+
+
 def test_two_generations_at_once_do_not_meet() -> None:
     model = routed()
     streams = [ids(2, 8, seed=s) for s in (1, 2)]
@@ -193,8 +218,8 @@ def test_two_generations_at_once_do_not_meet() -> None:
     assert [t.tolist() for t in told] == [w.tolist() for w in want]
 
 
-def test_decoding_does_not_look_at_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = routed(), ids(4, 8)
+def watch_looks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the calls, from now on, that wait for the device."""
     looks: list[str] = []
     for name in ("tolist", "item", "__bool__", "nonzero", "__int__", "__float__"):
         stock = getattr(Tensor, name)
@@ -204,6 +229,12 @@ def test_decoding_does_not_look_at_the_device(monkeypatch: pytest.MonkeyPatch) -
             return _stock(self, *args, **kwargs)
 
         monkeypatch.setattr(Tensor, name, counted)
+    return looks
+
+
+def test_decoding_does_not_look_at_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = routed(), ids(4, 8)
+    looks = watch_looks(monkeypatch)
     out = model(input_ids=x, use_cache=True)
     assert len(looks) <= 3  # one a gate
     looks.clear()
@@ -219,10 +250,40 @@ def test_an_empty_stock_cache_becomes_a_routed_one_and_others_are_refused() -> N
     full = build()(input_ids=x, use_cache=True).past_key_values
     with pytest.raises(TypeError, match="DynamicCache with 8 tokens cannot hold the decisions"):
         model(input_ids=x[:, :1], past_key_values=full)
-    with pytest.raises(TypeError, match="StaticCache with 0 tokens"):
-        model(input_ids=x, past_key_values=StaticCache(config=model.config, max_cache_len=16))
+    static = StaticCache(config=model.config, max_cache_len=16)
+    build()(input_ids=x, past_key_values=static)
+    with pytest.raises(TypeError, match="StaticCache with 8 tokens"):
+        model(input_ids=x, past_key_values=static)
     with pytest.raises(TypeError, match="without its gate"):
         detach(model)(input_ids=x[:, :1], past_key_values=given)
+
+
+@pytest.mark.parametrize("unit", ["attention", "mlp", "block"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_neox"])
+def test_a_static_cache_gives_what_a_growing_one_does_and_saves_nothing(name: str, unit: Any) -> None:
+    model = routed(name, unit=unit)
+    x, mask = left_padded(LENGTHS)
+    want = greedy(model, x, mask, return_dict_in_generate=True)
+    cache = StaticCache(config=model.config, max_cache_len=24)
+    for _ in range(2):  # reset, it decides anew
+        assert torch.equal(greedy(model, x, mask, past_key_values=cache), want.sequences)
+        assert all(torch.equal(_decisions(cache)[i], d) for i, d in _decisions(want.past_key_values).items())
+        whole = sum(2 * layer.keys.numel() * 4 for layer in cache.layers)
+        assert kv_bytes(cache) == whole
+        cache.reset()
+        assert _decisions(cache) == {}
+    beams = {"num_beams": 2, "cache_implementation": "static"}
+    assert torch.equal(greedy(model, x, mask, **beams), greedy(model, x, mask, num_beams=2))
+
+
+def test_decoding_with_a_static_cache_does_not_look_at_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = routed(), ids(4, 8)
+    cache = StaticCache(config=model.config, max_cache_len=12)
+    model(input_ids=x, past_key_values=cache)
+    looks = watch_looks(monkeypatch)
+    mask = torch.ones(4, 1, 1, 12, dtype=torch.bool)
+    model(input_ids=x[:, :1], past_key_values=cache, attention_mask=mask, position_ids=torch.full((1, 1), 8))
+    assert looks == []
 
 
 def test_a_logit_that_is_no_number_names_its_layer() -> None:

@@ -114,6 +114,36 @@ def test_checkpointed_blocks_give_the_same_gradient() -> None:
         torch.testing.assert_close(found[0][layer], found[1][layer], atol=1e-6, rtol=1e-4)
 
 
+def kept_bytes(model: Any, x: torch.Tensor, train: bool) -> int:
+    """Bytes of the activations that a forward pass keeps for its backward pass."""
+    weights = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        inputs = model.get_input_embeddings()(x).detach().requires_grad_(not train)
+        with routing_context(train=True) if train else routing_context(off=True):
+            loss = model(inputs_embeds=inputs, use_cache=False).logits.square().mean()
+    assert loss.requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+def test_training_keeps_no_more_than_the_activations_of_the_base(name: str) -> None:
+    x, model = ids(4, 48), attach(build(name), layers=(1, 2))
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    base = kept_bytes(model, x, train=False)
+    for router in routers(model).values():
+        router.weight.requires_grad_(True)
+    assert 0 < kept_bytes(model, x, train=True) <= 1.1 * base
+
+
 def test_the_penalty_is_lambda_times_what_is_used_and_pushes_down() -> None:
     model = randomise(routed())
     with routing_context(train=True) as seen:

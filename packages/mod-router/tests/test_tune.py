@@ -16,6 +16,7 @@ from mod_router.attaching import routers
 from mod_router.data import collate, from_tensors, read_examples, to_tensors
 from mod_router.measuring import calibrate, capacity, measure
 from mod_router.tune import TuneConfig, main, tune
+from routermodels import write_tiny
 from safetensors.torch import load_file
 
 from model_hooks import RequestError, load
@@ -30,35 +31,6 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 QUICK: dict[str, Any] = {
     "samples": 48, "length": 32, "heldout_samples": 24, "batch_size": 8, "layers": "1-4", "log_every": 1, "epochs": 2.0,
 }  # fmt: skip
-
-
-def write_tiny(folder: Path, **changes: Any) -> Path:
-    """A random model of six layers with the zoo's tokenizer."""
-    tokenizer = zoo_tokenizer.load()
-    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6,
-             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 0,
-             "eos_token_id": 0, "pad_token_id": 1}  # fmt: skip
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**sizes, **changes}))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.1)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny(tmp_path_factory.mktemp("tiny") / "model")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "code.txt"
-    path.write_text("".join(f"def f{n % 7}(x):\n    return x + {n % 10}\n\n" for n in range(2400)))
-    return path
 
 
 def config(tiny: Path, text: Path, output: Path, **changes: Any) -> TuneConfig:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from commands import Command
 from moe_compress.cli import app
-from moemodels import logits
+from moemodels import build, logits, save_with_tokenizer
 
 from model_hooks import anatomy, load
 from model_hooks.experts import moe_layers
@@ -82,6 +82,36 @@ def test_trim_then_slim_then_eval_inspect_and_export(folder: Path, scores: Path)
     assert logits(dense).isfinite().all()
 
 
+def test_reports_tell_what_was_lost_and_are_the_same_again(folder: Path, scores: Path) -> None:
+    rows = said("slim", folder, "--method", "rtn", "--group", 32, "-o", "s", "--measure", "zoo:heldout")["measured"]
+    report = json.loads(Path("s/slimming.json").read_text())
+    assert rows == [{"": "bits_per_byte", "before": report["before"]["bits_per_byte"],
+                     "after": report["after"]["bits_per_byte"]}]  # fmt: skip
+    assert report["before"] != report["after"]
+    for out in ("a", "b"):
+        said("trim", folder, "--scores", scores, "--experts", 6, "--repair-router", *DATA, "-o", out)
+    first = Path("a/trimming.json").read_text()
+    assert first == Path("b/trimming.json").read_text()
+    found = json.loads(first)
+    assert found["before"]["bits_per_byte"] != found["after"]["bits_per_byte"]
+    gate = json.loads(scores.read_text())["experts"]["2"]["gate"]
+    assert found["calibration"]["routing_scores"]["2"] == pytest.approx([g / 288 for g in gate])
+    assert len(found["calibration"]["similarity_of_blocks"]) == 4
+
+
+def test_four_bits_are_little_more_than_a_quarter_of_sixteen() -> None:
+    save_with_tokenizer(build(hidden_size=128, intermediate_size=128).bfloat16(), Path("m"))
+    said("slim", "m", "--method", "rtn", "-o", "q")
+    looked = said("inspect", "q", "--verify")
+    assert looked["verified"] == {"quantised": 4 * 8 * 3, "bits": [4], "dense": 4 * 5 + 2}
+    for before, after in zip(said("inspect", "m")["layers"], looked["layers"], strict=True):
+        assert after["mixture_bytes"] <= 0.28 * before["mixture_bytes"]
+    assert said("slim", "m", "--method", "rtn", "--asymmetric", "-o", "z")["quantised"] == 96
+    looked = said("inspect", "z", "--verify")
+    assert looked["loads_with"].startswith("moe-compress (transformers reads no zero points")
+    assert looked["layers"][0]["mixture_bytes"] > said("inspect", "q")["layers"][0]["mixture_bytes"]
+
+
 def test_slim_prunes_with_the_papers_flags(folder: Path) -> None:
     found = said(
         "slim", folder, "--method", "wanda", "--sparsity-ratio", 0.5, "--sparsity-type", "2:4", *DATA, "-o", "s",
@@ -125,6 +155,9 @@ def test_what_is_wrong_is_one_line_and_leaves_nothing(folder: Path, scores: Path
     refused("fewer than a token uses (top-2)", *trim, "--experts", 1)
     refused("cannot drop 8 of 4 MoE layers", *trim, "--layers", 8)
     refused("give one of --experts, --layers, --blocks", *trim)
+    refused(
+        "--preserve-gate leaves routers as they are", *trim, "--experts", 6, "--preserve-gate", "--repair-router", *DATA
+    )
     refused("needs --scores", "trim", folder, "--experts", 4)
     refused("stock transformers cannot express this", *trim, "--layers", 1, "--layout", "stock", "--measure", "")
     refused("no MoE layers found in LlamaForCausalLM", "score", "zoo:llama", *DATA)

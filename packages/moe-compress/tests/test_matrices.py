@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moe_compress import packing, quantising
+from moe_compress.quantising import Codes
 from torch import Tensor
 
 from model_hooks import RequestError, pruning
@@ -130,37 +131,37 @@ def test_better_methods_lose_less_of_the_output() -> None:
 @given(st.integers(0, 1000), st.sampled_from([3, 4, 8]), st.sampled_from([16, 32]))
 def test_rounding_is_to_the_nearest_and_packing_loses_nothing(seed: int, bits: int, group: int) -> None:
     weight = matrix(seed, 8)
-    found = quantising.rtn(weight, bits, group)
+    found = quantising.rtn(weight, Codes(bits, group))
     step = weight.view(8, -1, group).abs().amax(-1) / ((2**bits - 1) / 2)
     torch.testing.assert_close(found.scale, step)
     wide = step.repeat_interleave(group, 1)
     reference = (weight / wide).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * wide
     torch.testing.assert_close(found.weight, reference, atol=1e-5, rtol=1e-5)
-    parts = packing.packed(found.weight, found.scale, bits, group)
+    parts = packing.packed(found.weight, found.grid, Codes(bits, group))
     assert parts["_packed"].nbytes == 8 * 64 * bits // 8
-    assert torch.equal(packing.unpacked(parts, bits, group), found.weight)
+    assert torch.equal(packing.unpacked(parts, Codes(bits, group)), found.weight)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_bfloat16_codes_are_exact(bits: int) -> None:
     weight = matrix(9, 64, 256).bfloat16()
-    found = quantising.rtn(weight, bits, 64)
+    found = quantising.rtn(weight, Codes(bits, 64))
     assert found.weight.dtype == torch.bfloat16
-    parts = packing.packed(found.weight, found.scale, bits, 64)
-    assert torch.equal(packing.unpacked(parts, bits, 64), found.weight)
+    parts = packing.packed(found.weight, found.grid, Codes(bits, 64))
+    assert torch.equal(packing.unpacked(parts, Codes(bits, 64)), found.weight)
 
 
 def test_gptq_equals_its_definition_and_beats_rounding() -> None:
     better = 0
     for seed in range(10):
         x, weight = correlated(seed), matrix(seed)
-        found = quantising.gptq(weight, hessian(x), 4, 32)
+        found = quantising.gptq(weight, hessian(x), Codes(4, 32))
         reference = gptq_reference(weight, hessian(x), found.scale, 4, 32)
         same = (found.weight.double() - reference).abs() < 1e-4
         assert same.float().mean() > 0.98
-        plain = quantising.rtn(weight, 4, 32)
+        plain = quantising.rtn(weight, Codes(4, 32))
         better += output_error(weight, found.weight, x) < output_error(weight, plain.weight, x)
-        again = quantising.gptq(weight, hessian(x), 4, 32)
+        again = quantising.gptq(weight, hessian(x), Codes(4, 32))
         assert torch.equal(found.weight, again.weight)
     assert better == 10
 
@@ -171,7 +172,7 @@ def test_clipping_never_loses_to_rounding_on_its_inputs() -> None:
         weight[:, ::16] *= 6  # outliers
         grouped = torch.zeros_like(x)
         grouped[:, :32] = x[:, :32]  # each group's own part of the output is what clipping looks at
-        plain, clipped = quantising.rtn(weight, 3, 32), quantising.clipped(weight, grouped, 3, 32)
+        plain, clipped = quantising.rtn(weight, Codes(3, 32)), quantising.clipped(weight, grouped, Codes(3, 32))
         assert output_error(weight, clipped.weight, grouped) <= output_error(weight, plain.weight, grouped)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from moe_compress import Plan, Scores, apply, repair_routers, score, select_bloc
 from moe_compress.scores import METRICS, Experts, score_layerwise
 from moe_compress.trimming import expert_counts, is_stock, sample_outputs
 from moemodels import FAMILIES, build, logits
+from processes import calling, ranks
 
 from model_hooks import Card, FingerprintMismatch, RequestError, anatomy, fingerprint, load, save
 from model_hooks.experts import moe_layers, routed_output
@@ -68,6 +71,36 @@ def expert(bank: Any, e: int, x: torch.Tensor) -> torch.Tensor:
     return (F.silu(gate) * up) @ bank.down_proj[e].double().T
 
 
+def scored(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    score(build(), odd_data(), batch_size=2).save(f"{folder}/{rank}.json")
+    torch.distributed.destroy_process_group()
+
+
+def odd_data() -> torch.Tensor:
+    """A number of sequences that two processes cannot share evenly."""
+    return torch.randint(16, 2048, (5, 24), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.slow
+def test_two_processes_and_other_batches_score_and_choose_alike(tmp_path: Path) -> None:
+    ranks("-c", calling(__file__, f"scored(rank, {str(tmp_path)!r})"), log=tmp_path / "log").finish()
+    alone = score(build(), odd_data(), batch_size=5)
+    for rank in (0, 1):
+        found = Scores.load(tmp_path / f"{rank}.json")
+        assert (found.tokens, found.samples) == (alone.tokens, alone.samples) == (120, 5)
+        for block, experts in alone.experts.items():
+            assert found.experts[block].count == experts.count
+            for metric in METRICS[:-1]:
+                mine, theirs = (e.importance(metric, 120) for e in (found.experts[block], experts))
+                assert mine == pytest.approx(theirs, abs=1e-5)
+        for choose in (lambda s: select_experts(s, 5, scope="global"), lambda s: select_layers(s, 2),
+                       lambda s: select_blocks(s, 2, consecutive=True)):  # fmt: skip
+            assert choose(found) == replace(choose(alone), model=found.model)
+
+
 def test_reconstruction_is_what_sliced_models_lose(scores: Scores, sequences: torch.Tensor) -> None:
     model = build()
     _, x, y = sample_outputs(model, sequences, 64)[1]
@@ -84,6 +117,7 @@ def test_deepseek_counts_the_weights_of_chosen_experts_alone(sequences: torch.Te
     model = build("deepseek_v2")
     found = score(model, sequences)
     assert set(found.experts) == {1, 2, 3}
+    assert 0 not in select_layers(found, 2).layers  # its first block is dense
     weights = {}
     model.model.layers[1].mlp.gate.register_forward_hook(lambda m, a, out: weights.update(w=out[1], i=out[2]))
     with torch.no_grad():
@@ -157,6 +191,50 @@ def test_global_selection_drops_the_lowest_of_all_layers(data: st.DataObject) ->
     dropped = [gates[b][e] for b in kept for e in range(4) if e not in kept[b]]
     open_layers = [b for b in kept if len(kept[b]) > 1]  # layers with one expert could not give more
     assert not dropped or all(gates[b][e] >= max(dropped) or len(kept[b]) == 1 for b in open_layers for e in kept[b])
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "deepseek_v2"])
+def test_preserved_gates_route_as_before_and_dropped_experts_give_nothing(
+    family: str, sequences: torch.Tensor, tmp_path: Path
+) -> None:
+    model, whole = build(family), build(family)
+    plan = select_experts(score(model, sequences), 5, scope="global", allow_lower_topk=True, preserve_gate=True)
+    assert len(set(map(len, plan.keep.values()))) > 1
+    kept = {block: set(range(8)) - set(plan.keep[block]) for block in plan.keep}
+    for layer in moe_layers(anatomy(whole)):  # the reference leaves the pairs of dropped experts out
+        silence(layer.bank, kept.get(layer.block, set()))
+    apply(model, plan)
+    torch.testing.assert_close(logits(model), logits(whole), atol=1e-5, rtol=1e-5)
+    assert is_stock(model)
+    save(model, tmp_path / "m", card=Card(family, plan.describe()))
+    again, _ = load(tmp_path / "m", tokenizer=False)
+    assert torch.equal(logits(again), logits(model))
+    for layer in moe_layers(anatomy(again)):
+        assert layer.num_experts == 8
+        gone = [e for e in range(8) if not layer.bank.down_proj[e].any()]
+        assert set(gone) == kept.get(layer.block, set())
+    plan.save(tmp_path / "p.json")
+    assert Plan.load(tmp_path / "p.json") == plan
+
+
+def silence(bank: Any, gone: set[int]) -> None:
+    forward = type(bank).forward
+
+    def run(hidden_states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        lost = torch.isin(index, torch.tensor(sorted(gone), dtype=index.dtype))
+        return forward(bank, hidden_states, index, weights.masked_fill(lost, 0))
+
+    bank.forward = run
+
+
+def test_six_of_eight_experts_are_three_quarters_of_mixtral_8x7b() -> None:
+    """Widths stand to each other as in that model, and so do the embeddings to all layers."""
+    widths = {"hidden_size": 64, "intermediate_size": 224, "num_attention_heads": 8, "num_key_value_heads": 2}
+    model = build("mixtral", **widths, vocab_size=64)
+    whole = model.num_parameters()
+    apply(model, Plan(keep=dict.fromkeys(range(4), (0, 1, 2, 3, 4, 5))))
+    assert model.num_parameters() / whole == pytest.approx(0.76, abs=0.01)
+    assert model.config.num_local_experts == 6
 
 
 def test_groups_lose_as_many_each() -> None:

@@ -116,13 +116,3 @@ def test_a_full_disk_loses_nothing(data: Path, slow: Server, small_disk: Path) -
     assert sum(slow.bodies.values()) - len(slow.bodies) <= CONCURRENCY  # those whose reply found no room
     COMMAND.said(*job(data, slow, "whole.jsonl"))
     assert output.read_bytes() == Path("whole.jsonl").read_bytes()
-
-
-def test_bench_measures_a_server_of_a_known_latency(room: Path) -> None:
-    found = COMMAND.said("bench", "--latency", "0.05", "--in-flight", "4", "--rounds", "3", "-o", "bench.json")
-    assert 0 < found["one by one, replies a second"] <= 20
-    (row,) = found["speed"]
-    assert row["in flight"] == 4
-    assert 0 < row["of what is possible"] <= 1
-    assert json.loads(Path("bench.json").read_text()) == found
-    COMMAND.refused("give numbers above 0", "bench", "--in-flight", "0")

@@ -87,6 +87,8 @@ def test_the_other_filters() -> None:
     facts = "In 1867 she moved to Warsaw, see https://a.b/c and met Pierre."
     assert facts_of(facts) == {"1867", "Warsaw", "https://a.b/c", "Pierre"}
     assert FILTERS["facts"](change(facts, f"1. {facts}")) is None
+    assert facts_of("1. one\n 2) two of 1999\n3.\n4.5 is more") == {"1999", "3", "4.5"}  # a list's numbers are no facts
+    assert FILTERS["facts"](change("1. a\n2. b\n3. c", "- a\n- b\n- c")) is None
     assert "Warsaw" in (FILTERS["facts"](change(facts, "In 1867, see https://a.b/c, Pierre.")) or "")
     loop = "the same six words come again " * 5
     assert FILTERS["repetition"](change("short", loop)) is not None

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from commands import Command
 from llm_server import Answer, Call, Server, answer
-from processes import started
+from processes import run
 from reflection_tuning.cli import app
 from teachers import lines, on_instruction, reply, some_records
 
@@ -22,20 +22,49 @@ pytestmark = pytest.mark.filterwarnings("ignore:max_length 2048 is lowered")
 SECRET = "sk-of-this-test"
 
 
-# The command, whose batches of scoring, and end, are slow, so that a kill falls among them.
-SLOW = """
-import time
-from instruct_data.scoring.losses import Losses
-from reflection_tuning import showing
+# Runs the command in processes forked from this one, which has everything imported, and kills each at its moment: when
+# a journal has so many lines, or a file is written anew. Batches of scoring, and the end, are slow, so that kills fall
+# among them. Arguments: moments as JSON, [[file or folder, lines or 0], ...], then those of the command.
+KILLS = """
+import json, os, signal, sys, time
+from pathlib import Path
+import aiohttp, openai
+from instruct_data import Journal
+from instruct_data.llm import endpoint
+from instruct_data.scoring import losses
+from reflection_tuning import near, originals, showing, workflow
 from reflection_tuning.cli import main
+
 def slowed(function, seconds):
     def slower(*args, **kwargs):
         time.sleep(seconds)
         return function(*args, **kwargs)
     return slower
-Losses.__call__ = slowed(Losses.__call__, 0.01)
-showing.view = slowed(showing.view, 0.3)
-main()
+
+def lines_in(folder):
+    return sum(len(file.read_bytes().splitlines()) for file in folder.glob("*.jsonl")) if folder.is_dir() else 0
+
+def written(file):
+    return file.stat().st_mtime_ns if file.exists() else 0
+
+Journal.append = slowed(Journal.append, 0.02)
+losses.Losses.__call__ = slowed(losses.Losses.__call__, 0.02)
+showing.select, showing.view = slowed(showing.select, 0.1), slowed(showing.view, 0.1)
+for name, lines in json.loads(sys.argv[1]):
+    place = Path(name)
+    before = lines_in(place) if lines else written(place)
+    lines = max(lines, before + 1) if lines else 0
+    child = os.fork()
+    if child == 0:
+        sys.argv[1:] = sys.argv[2:]
+        main()
+        os._exit(0)
+    while not (lines_in(place) >= lines if lines else written(place) != before):
+        assert os.waitpid(child, os.WNOHANG) == (0, 0), f"ended before {name} had {lines}"
+        time.sleep(0.001)
+    os.kill(child, signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+print("all killed")
 """
 
 
@@ -62,38 +91,27 @@ def job(room: Path, student: Path, slow: Server) -> Callable[[str | Path], list[
     return arguments
 
 
-def lines_in(folder: Path) -> int:
-    return sum(len(file.read_bytes().splitlines()) for file in folder.glob("*.jsonl")) if folder.is_dir() else 0
-
-
 @pytest.mark.slow
-def test_kills_in_every_stage_go_on_to_the_same_files(room: Path, job: Any, slow: Server) -> None:
+def test_five_kills_in_every_stage_go_on_to_the_same_files(room: Path, job: Any, slow: Server) -> None:
     out = room / "out"
-    moments: list[tuple[str, Callable[[], bool]]] = [
-        ("reflections on instructions and answers", lambda: len(slow.calls) >= 8),
-        ("reflections on new answers", lambda: len(slow.calls) >= 45),
-        ("scoring", lambda: lines_in(out / "losses") >= 10),
-        ("scoring, later", lambda: lines_in(out / "losses") >= 100),
-        ("selection", (out / "selected.jsonl").exists),
-    ]
-    kept = 0
-    for stage, reached in moments:
-        with started("-c", SLOW, *job(out), log=room / "log", OPENAI_API_KEY=SECRET) as running:
-            while not reached():
-                assert running.poll() is None, f"{stage}\n{running.said}"
-                time.sleep(0.002)
-            running.kill()
-            assert running.poll() == -signal.SIGKILL, stage
-        losses = lines_in(out / "losses")
-        assert losses >= kept, stage
-        kept = losses
+    replies, losses, scored, selected = (
+        out / name for name in ("replies.journal", "losses", "scored.jsonl", "selected.jsonl")
+    )
+    moments = [
+        *((replies, n) for n in (3, 12, 20, 29, 36)),  # of 40 reflections on instructions, and on their answers
+        *((replies, n) for n in (42, 46, 50, 54, 58)),  # of 20 on new answers
+        *((losses, n) for n in (5, 30, 55, 80, 105)),
+        *((scored, 0),) * 2, *((selected, 0),) * 3,
+    ]  # fmt: skip
+    text = json.dumps([(str(place), lines) for place, lines in moments])
+    said = run("-c", KILLS, text, *job(out), log=room / "log", OPENAI_API_KEY=SECRET)
+    assert "all killed" in said
     repeated = sum(slow.bodies.values()) - len(slow.bodies)
-    assert repeated <= 2 * CONCURRENCY  # what was in flight at the two kills
+    assert repeated <= 10 * CONCURRENCY  # what was in flight at the ten kills
     found = COMMAND.said(*job(out))
     assert (found["requests"], found["from_journal"], found["forwarded"]) == (0, 60, 0)
     assert sum(slow.bodies.values()) - len(slow.bodies) == repeated
-    keys = [line.partition('"key":"')[2][:64] for line in (out / "losses" / "rank-0.jsonl").read_text().splitlines()]
-    assert len(set(keys)) >= kept
+    keys = [line.partition('"key":"')[2][:64] for line in (losses / "rank-0.jsonl").read_text().splitlines()]
     assert len(keys) - len(set(keys)) <= len(moments)  # how it is done is noted by every life; no text is scored twice
     COMMAND.said(*job(room / "whole"))
     for name in ("reflected.jsonl", "scored.jsonl", "selected.jsonl"):
@@ -159,6 +177,25 @@ def test_a_full_disk_in_each_stage_loses_nothing(
         assert Path("out", name).read_bytes() == Path("whole", name).read_bytes()
 
 
+def test_a_full_disk_at_selection_loses_nothing(room: Path, job: Any, full_disk: Any) -> None:
+    """What `select` writes, alone and at the end of a run: a file before it stays, and scores are not lost."""
+    COMMAND.said(*job("out"))
+    before = {name: Path("out", name).read_bytes() for name in ("scored.jsonl", "selected.jsonl", "reflections.html")}
+    select = ("select", "out/scored.jsonl", "--policy", room / "open.yaml", "--overwrite")
+    view = ("view", *select[1:])
+    for verb, output in ((select, "out/selected.jsonl"), (select, "out/new.parquet"), (view, "out/reflections.html")):
+        full_disk(1_000)
+        result = COMMAND.call(*verb, "-o", output)
+        full_disk(0)
+        assert result.exit_code == 1, result.output
+        assert output in result.stderr
+        assert len(result.stderr.strip().splitlines()) == 1
+        assert {name: Path("out", name).read_bytes() for name in before} == before
+    assert sorted(file.name for file in Path("out").iterdir() if "new" in file.name or "tmp" in file.name) == []
+    COMMAND.said(*select, "-o", "out/selected.jsonl")
+    assert Path("out/selected.jsonl").read_bytes() == before["selected.jsonl"]
+
+
 def test_a_server_that_fails_at_times_fails_no_record(room: Path, job: Any, slow: Server) -> None:
     """429 and 500 and bodies that are no completion are repeated; a 400 fails its version alone."""
 
@@ -178,15 +215,24 @@ def test_a_server_that_fails_at_times_fails_no_record(room: Path, job: Any, slow
 
 
 @pytest.mark.slow
-def test_a_model_that_says_nothing_of_use_keeps_every_original(room: Path) -> None:
-    """A zoo model as it is, in this process: an honest teacher that cannot do it."""
+@pytest.mark.parametrize("backend", ["local", "server"])
+def test_a_model_that_says_nothing_of_use_keeps_every_original(room: Path, backend: str) -> None:
+    """A zoo model as it is, in this process and behind `transformers serve`: an honest teacher that cannot do it."""
     from instruct_data import read
+    from instruct_data.llm.serve import serving
+    from model_hooks.loading import resolve
 
-    data = lines("in.jsonl", some_records(3))
-    result = COMMAND.call("reflect", data, "--backend", "local", "--teacher", "zoo:gpt2", "--answer-tokens", "64",
-                          "--what", "response", "-o", "out.jsonl")  # fmt: skip
+    data, teacher = lines("in.jsonl", some_records(1)), str(resolve("zoo:gpt2"))
+    reflect = ("reflect", data, "--teacher", teacher, "--answer-tokens", "64", "--what", "response", "-o", "out.jsonl")
+    if backend == "local":
+        result = COMMAND.call(*reflect, "--backend", "local")
+    else:
+        pytest.importorskip("uvicorn", reason="needs the extra [serve]")
+        with serving(teacher) as url:
+            result = COMMAND.call(*reflect, "--base-url", url)  # the probe shows that it keeps to no schema
     assert result.exit_code == 3, result.output
+    assert "no record was reflected on" in result.stderr
     rows = [record.data for record in read("out.jsonl")]
-    assert [{k: v for k, v in row.items() if not k.startswith("reflection")} for row in rows] == some_records(3)
+    assert [{k: v for k, v in row.items() if not k.startswith("reflection")} for row in rows] == some_records(1)
     assert {row["reflection_status"] for row in rows} == {"original"}
     assert {row["reflection"]["A"]["status"] for row in rows} <= {"parse_failed", "truncated"}

@@ -12,6 +12,7 @@ from model_hooks.lazy import lazy_names
 from model_hooks.registration import add_family
 
 if TYPE_CHECKING:
+    from .balancing import move_biases
     from .bank import MergedLinear
     from .checkpoint import load, save
     from .config import MeoConfig
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from .deploy import bake
     from .pretrained import merge_pretrained
 
-__all__ = ["MeoConfig", "MergedLinear", "bake", "convert", "gating", "load", "merge_pretrained", "save"]
+__all__ = ["MeoConfig", "MergedLinear", "bake", "convert", "gating", "load", "merge_pretrained", "move_biases", "save"]
 
 if not TYPE_CHECKING:  # mypy would take any name for one that exists
     __getattr__, __dir__ = lazy_names(
@@ -33,6 +34,7 @@ if not TYPE_CHECKING:  # mypy would take any name for one that exists
             "gating": "context",
             "load": "checkpoint",
             "merge_pretrained": "pretrained",
+            "move_biases": "balancing",
             "save": "checkpoint",
         },
     )

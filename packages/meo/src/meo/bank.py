@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,8 +54,11 @@ class TokenBlock(nn.Module):
         self.reset()
 
     @torch.no_grad()
-    def reset(self) -> None:
-        """W_up and the biases zero."""
+    def reset(self, generator: torch.Generator | None = None) -> None:
+        """W_up and the biases zero; with a generator W_dn is drawn anew."""
+        if generator is not None:
+            drawn = torch.empty(self.down.weight.shape)
+            self.down.weight.copy_(nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator))
         for parameter in (self.down.bias, self.up.weight, self.up.bias):
             parameter.zero_()
 
@@ -67,7 +71,8 @@ class MergedLinear(nn.Module):
     """n experts of one linear map, [B, T, in] -> [B, T, out].
 
     State: weight [n, out, in], bias [n, out] or none, w_gate and w_noise [router, n] (zero at the start), first [n]
-    (the logits before any text, at level chunk), token.* (the block). `calls` counts merges.
+    (the logits before any text, at level chunk), moves [n] (whole numbers; times bias_rate: biases of the selection),
+    token.* (the block). `calls` counts merges.
     """
 
     def __init__(self, spec: BankSpec, config: MeoConfig, runtime: Runtime) -> None:
@@ -97,6 +102,8 @@ class MergedLinear(nn.Module):
             self.w_noise = nn.Parameter(torch.zeros(self.spec.router, n))
         if self.runtime.level == "chunk":
             self.first = nn.Parameter(torch.zeros(n))
+        if self.config.bias_rate:  # whole numbers, which no half precision rounds
+            self.register_buffer("moves", torch.zeros(n, dtype=torch.int64))
 
     @torch.no_grad()
     def fill(self, weight: Tensor, bias: Tensor | None, generator: torch.Generator) -> None:
@@ -189,27 +196,35 @@ class MergedLinear(nn.Module):
             frame.decisions[leader] = decision
         seen = frame.options.seen
         if seen is not None and self.training and (self.config.balance_coef or self.config.z_coef):
-            seen.balance.setdefault(leader, self._balance(decision, frame))  # a layer run again does not count again
+            counted = self._counted(decision, frame)
+            seen.balance.setdefault(leader, balance_loss(counted, self.config))  # once, if the layer is run again
+        if seen is not None and self.training and self.config.bias_rate:
+            seen.chosen.setdefault(self, self._counted(decision, frame).chosen.sum(0))
         if seen is not None and seen.record:
             gates = torch.zeros_like(decision.logits).scatter_add(-1, decision.idx, decision.g)
             seen.gates[leader] = gates.detach()
         return decision
 
     def _decide(self, x: Tensor, frame: Frame) -> Decision:
+        bias = self.config.bias_rate * self.get_buffer("moves") if self.config.bias_rate else None
         if self.runtime.level != "task" or torch.is_grad_enabled():
-            return decide(*self._logits(x, frame), self.config, self.training)
+            return decide(*self._logits(x, frame), self.config, self.training, bias)
         assert frame.codes is not None
-        stamp = _stamp(frame.codes, *self.parameters())
+        stamp = _stamp(frame.codes, *self.parameters(), *self.buffers())
         if self._decided is None or self._decided.stamp != stamp or self.training:
-            self._decided = replace(decide(*self._logits(x, frame), self.config, self.training), stamp=stamp)
+            self._decided = replace(decide(*self._logits(x, frame), self.config, self.training, bias), stamp=stamp)
         return self._decided
 
-    def _balance(self, decision: Decision, frame: Frame) -> Tensor:
-        if self.runtime.level == "task":  # the batch's tasks, each once
-            present = torch.tensor(sorted(set(frame.task_rows)), device=decision.g.device)
-            parts = (decision.idx, decision.g, decision.logits, decision.load)
-            decision = Decision(*(part[present] for part in parts))
-        return balance_loss(decision, self.config)
+    def _counted(self, decision: Decision, frame: Frame) -> Decision:
+        """The groups that are to be balanced: of tasks those in the batch, each once; of tokens the real ones."""
+        if self.runtime.level == "task":
+            counted = torch.tensor(sorted(set(frame.task_rows)), device=decision.g.device)
+        elif self.runtime.per_token and frame.real is not None:
+            counted = frame.real.flatten()
+        else:
+            return decision
+        parts = (decision.idx, decision.g, decision.logits, decision.load, decision.chosen)
+        return Decision(*(part[counted] for part in parts))
 
     def _logits(self, x: Tensor, frame: Frame) -> tuple[Tensor, Tensor | None]:
         """Logits [groups, n], float32 at least, and the standard deviation of their noise in training."""

@@ -56,6 +56,7 @@ def model_class(base: Any) -> Any:
             return base.generate(self, inputs, *args, **kwargs)
 
     def from_pretrained(cls: Any, /, source: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        _refuse_tensor_parallel(kwargs)
         loaded, info = super(made, cls).from_pretrained(source, *args, output_loading_info=True, **kwargs)
         refuse_mismatch(loaded, info, source)
         return (loaded, info) if output_loading_info else loaded
@@ -69,6 +70,13 @@ def model_class(base: Any) -> Any:
         body["generate"] = generate
     made: Any = type(f"Meo{base.__name__}", (base,), body)
     return made
+
+
+def _refuse_tensor_parallel(given: dict[str, Any]) -> None:
+    """The plans of stock models would cut a bank's experts, biases and gates as if they were one linear's."""
+    distributed = given.get("distributed_config")
+    if any(given.get(name) or getattr(distributed, name, None) for name in ("tp_plan", "tp_size")):
+        raise RequestError("banks of experts cannot be cut by tensor parallelism; take device_map, ZeRO-3 or FSDP")
 
 
 def _prompt_slots(model: Any, inputs: Any, kwargs: dict[str, Any]) -> int:

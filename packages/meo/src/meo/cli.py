@@ -85,19 +85,30 @@ def evaluate(
     samples: Annotated[int, typer.Option(min=1, help="Rows.")] = 200,
     length: Annotated[int, typer.Option(min=2, help="Most tokens of an input.")] = 128,
     target_length: Annotated[int, typer.Option(min=1, help="Most tokens of an answer or a summary.")] = 64,
+    min_target_length: Annotated[int, typer.Option(min=0, help="Least tokens of what is generated.")] = 0,
     beams: Annotated[int, typer.Option(min=1, help="Of generated answers and summaries.")] = 1,
+    no_repeat_ngram_size: Annotated[int, typer.Option(min=0, help="No so many tokens come twice in them; 0: may.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    tasks: Annotated[str, typer.Option(help="lm-eval tasks, separated by commas, in place of --kind and --data.")] = "",
+    task_folder: Annotated[Path | None, typer.Option(help="Folder of lm-eval task files of your own.")] = None,
+    limit: Annotated[int, typer.Option(min=0, help="Questions of each lm-eval task; 0: all.")] = 0,
+    shots: Annotated[int, typer.Option(help="Examples before each question; -1: the task's own.")] = -1,
     gates: Annotated[bool, typer.Option("--gates", help="Also tell how each bank's gate decides.")] = False,
     output: Kept = None,
     overwrite: Overwrite = False,
 ) -> dict[str, Any]:
-    """Measure a model, dense or converted, on held-out data."""
+    """Measure a model, dense or converted, on held-out data, or a causal language model on lm-eval tasks."""
     from meo import workflow
 
     _free(output, overwrite)
+    if tasks:
+        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        how: dict[str, Any] = {"limit": limit or None, "shots": None if shots < 0 else shots, "batch_size": batch_size}
+        return keep(workflow.evaluate_tasks(model, names, task=task, folder=task_folder, **how), output)
     found = workflow.evaluate(
-        model, kind, data, task=task, samples=samples, length=length, target_length=target_length, beams=beams,
-        batch_size=batch_size, gates=gates,
+        model, kind, data, task=task, samples=samples, length=length, batch_size=batch_size, gates=gates,
+        generation={"target_length": target_length, "min_target_length": min_target_length, "beams": beams,
+                    "no_repeat_ngram_size": no_repeat_ngram_size},
     )  # fmt: skip
     return keep(found, output)
 

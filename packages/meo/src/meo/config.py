@@ -45,6 +45,9 @@ class MeoConfig:
         token_block: The bottleneck that changes each token before it is used: on, off, or None (on for level token).
         reduce: The block's hidden width is that of the tokens divided by this.
         balance_coef, z_coef: Weights of the balance loss and of the squared log-partition of the gates.
+        bias_rate: Balance without a loss (DeepSeek-V3): biases that count for the selection alone, not for the weights,
+            move by this after each step, up for experts that were selected less than the mean, down for the others.
+            0: none. Take balance_coef 0 with it, and `move_biases` in a training loop of your own.
         noise_eps: Least standard deviation of the gates' noise.
         temperature: Divides the gates' logits.
         straight_through: Give experts that were not selected a gradient at their gates too.
@@ -75,6 +78,7 @@ class MeoConfig:
     reduce: int = 64
     balance_coef: float = 0.01
     z_coef: float = 0.0
+    bias_rate: float = 0.0
     noise_eps: float = 0.01
     temperature: float = 1.0
     straight_through: bool = False
@@ -102,6 +106,10 @@ class MeoConfig:
         for name, least in (("reduce", 1), ("chunk", 1), ("merge_chunk", 1), ("lora_rank", 0)):
             if getattr(self, name) < least:
                 raise RequestError(f"{name} is {getattr(self, name)}; at least {least} is needed")
+        if self.bias_rate < 0:
+            raise RequestError(f"bias_rate is {self.bias_rate}; 0 or more is needed")
+        if self.bias_rate and self.gate in ("softmax", "hash"):
+            raise RequestError(f"gate {self.gate} selects the same experts always; leave bias_rate out")
         if self.temperature <= 0:
             raise RequestError(f"temperature is {self.temperature}; a number above 0 is needed")
         for pattern in (*self.targets, *self.exclude):

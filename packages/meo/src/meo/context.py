@@ -29,11 +29,14 @@ class Seen:
     Attributes:
         balance: bank -> its loss (training only; the first call counts).
         gates: bank -> weight of every expert in every group, [G, n] (with record=True).
+        chosen: bank with biases of selection -> how often it selected each expert, [n] (training only): what
+            `move_biases` takes.
     """
 
     record: bool = False
     balance: dict[str, Tensor] = field(default_factory=dict)
     gates: dict[str, Tensor] = field(default_factory=dict)
+    chosen: dict[Any, Tensor] = field(default_factory=dict)
 
     @property
     def loss(self) -> Tensor:

@@ -60,13 +60,16 @@ def convert(model: Any, config: MeoConfig | None = None, tokenizer: Any = None, 
         for spec in specs:
             make_bank(spec, config, Runtime(config, stacks[spec.stack].level, stacks[spec.stack].causal))
     model.config.meo = record
-    install(model)
+    with torch.random.fork_rng(devices=[]):  # what is drawn, the seed in `config` decides
+        install(model)
     generator = torch.Generator().manual_seed(config.seed)
     for spec in specs:
         linear: Any = old[spec.name]
         weight = linear.weight.detach()
         bank = model.get_submodule(spec.name).to(weight.device, weight.dtype)
         bank.fill(weight.T if spec.conv1d else weight, linear.bias, generator)
+        if bank.token is not None:
+            bank.token.reset(generator)
         bank.train(linear.training)
     for stack in stacks:
         if codes is not None and stack.level == "task":

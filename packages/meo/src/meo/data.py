@@ -29,6 +29,7 @@ from paper_tables.frame import require
 Row = dict[str, Any]
 GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
 NOT_TEXT = ("label", "labels", "idx", "id", "task", "answers")
+SCORE = "score"  # the one name where labels are numbers to come close to, as STS-B's, and no classes
 IGNORED = -100  # label of a token that is not scored
 
 
@@ -113,13 +114,27 @@ def examples(
 
 
 def label_names(found: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The classes of some records, in order. Raises `RequestError` where a record has none."""
+    """The classes of some records, in order; `SCORE` alone where labels are numbers with a fraction.
+
+    Raises `RequestError` where a record has none, or all have the same.
+    """
     names = set()
     for record in found:
         if "label" not in record:
             raise RequestError(f"a record has the fields {', '.join(map(str, record))}; a class is read from `label`")
         names.add(str(record["label"]))
+    if _are_scores(names):
+        return [SCORE]
+    if len(names) < 2:
+        raise RequestError(f"all records have the label {', '.join(names)}; two classes are needed at least")
     return sorted(names, key=lambda n: (not n.isdigit(), int(n) if n.isdigit() else 0, n))
+
+
+def _are_scores(names: Iterable[str]) -> bool:
+    try:
+        return any(float(name) != int(float(name)) for name in names)
+    except (ValueError, OverflowError):
+        return False
 
 
 def _index(name: str, names: Sequence[str], what: str) -> int:
@@ -140,6 +155,8 @@ def _classified(record: Mapping[str, Any], tokenizer: Any, length: int, labels: 
         joined = parts[0] if len(parts) == 1 else [*parts[0], tokenizer.eos_token_id, *parts[1]]
         row = {"input_ids": joined or [tokenizer.eos_token_id]}
     row.pop("attention_mask", None)
+    if list(labels) == [SCORE]:
+        return {**row, "labels": float(record["label"])}
     return {**row, "labels": _index(str(record["label"]), labels, "label")}
 
 

@@ -22,6 +22,7 @@ class Decision:
         g: their weights, [G, k], float32 at least, non-negative, summing to 1.
         logits: [G, n], with what noise was added.
         load: how likely each expert is among the selected, or whether it is, [G, n].
+        chosen: whether it is, 0 or 1, [G, n].
         stamp: of what it was made from, where that is kept.
     """
 
@@ -29,15 +30,19 @@ class Decision:
     g: Tensor
     logits: Tensor
     load: Tensor
+    chosen: Tensor
     stamp: Any = None
 
 
-def decide(clean: Tensor, spread: Tensor | None, config: MeoConfig, training: bool) -> Decision:
+def decide(
+    clean: Tensor, spread: Tensor | None, config: MeoConfig, training: bool, bias: Tensor | None = None
+) -> Decision:
     """Select experts by their logits.
 
     Args:
         clean: logits without noise, [G, n].
         spread: with gate noisy-topk: standard deviation of the noise, [G, n]; used in training alone.
+        bias: [n], added for the selection alone: weights are those of the logits.
     """
     clean = wide(clean) / config.temperature
     logits, noisy = clean, training and spread is not None
@@ -48,7 +53,7 @@ def decide(clean: Tensor, spread: Tensor | None, config: MeoConfig, training: bo
         logits = clean - torch.empty_like(clean).exponential_().log()
     n = clean.shape[-1]
     k = n if config.gate == "softmax" else config.k
-    idx = top(logits, k)
+    idx = top(logits if bias is None else logits + bias, k)
     kept = logits.gather(-1, idx)
     if config.gate == "sigmoid":
         g = F.logsigmoid(kept).softmax(-1)  # sigmoid / sum of sigmoids, without underflow
@@ -59,16 +64,16 @@ def decide(clean: Tensor, spread: Tensor | None, config: MeoConfig, training: bo
         g = torch.full_like(kept, 1 / k)
     else:
         g = kept.softmax(-1)
+    chosen = load = torch.zeros_like(clean).scatter(-1, idx, 1.0)
     if noisy and k < n:
         assert spread is not None
-        load = _chance(clean, logits, spread, k)
-    else:
-        load = torch.zeros_like(clean).scatter(-1, idx, 1.0)
+        shift = 0.0 if bias is None else bias
+        load = _chance(clean + shift, logits + shift, spread, k)
     if config.straight_through and k < n:  # all experts take part, those not selected with weight zero
         soft = logits.softmax(-1)
         g = torch.zeros_like(clean).scatter(-1, idx, g) + (soft - soft.detach())
         idx = torch.arange(n, device=idx.device).expand(g.shape)
-    return Decision(idx, g, logits, load)
+    return Decision(idx, g, logits, load, chosen)
 
 
 def wide(x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 For one linear map both are the same sum; which is cheaper depends on how many tokens share a decision. Matrices are
 merged by one product of all gates with all experts, a few groups at a time, and merged again in the backward pass:
 however many groups there are, `merge_chunk` matrices exist. On a GPU the kernel of lean_kernels merges while it
-multiplies.
+multiplies. Groups with equal gates (untrained ones, one selected expert, beams) share a matrix, merged once.
 """
 
 from __future__ import annotations
@@ -52,6 +52,10 @@ class _Merged(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, gates: Tensor, size: int) -> Tensor:
         ctx.save_for_backward(x, weight, gates)
         ctx.size = size
+        if len(gates) > 1 and not torch.compiler.is_compiling():  # what is compiled has static shapes
+            own, group = gates.unique(dim=0, return_inverse=True)
+            if len(own) < len(gates):
+                return _shared_product(x, weight, own, group, size)
         return torch.cat([_product(rows, weight, g) for rows, g in zip(x.split(size), gates.split(size))])
 
     @staticmethod
@@ -78,6 +82,17 @@ class _Merged(torch.autograd.Function):
 def _product(x: Tensor, weight: Tensor, gates: Tensor) -> Tensor:
     """[c, L, in] -> [c, L, out]; the merged matrices are gone when it returns."""
     return x @ (gates @ weight.flatten(1)).view(-1, *weight.shape[1:]).mT
+
+
+def _shared_product(x: Tensor, weight: Tensor, own: Tensor, group: Tensor, size: int) -> Tensor:
+    """`_product` where groups [G] number the gates that they share, `own` [U, n], U < G: U matrices are merged."""
+    out = x.new_empty(*x.shape[:2], weight.shape[1])
+    for start in range(0, len(own), size):
+        matrices = (own[start : start + size] @ weight.flatten(1)).view(-1, *weight.shape[1:])
+        for number, matrix in enumerate(matrices, start):
+            rows = (group == number).nonzero().squeeze(1)
+            out[rows] = x[rows] @ matrix.T
+    return out
 
 
 def merge(weight: Tensor, bias: Tensor | None, idx: Tensor, g: Tensor) -> tuple[Tensor, Tensor | None]:

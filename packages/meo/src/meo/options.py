@@ -24,19 +24,31 @@ ALIASES = {
     "output-dir": "output", "num-train-epochs": "epochs", "per-device-train-batch-size": "batch-size",
     "gradient-accumulation-steps": "accumulation", "dataset-name": "data", "train-file": "data",
     "task-name": "data", "validation-file": "heldout", "max-seq-length": "length", "max-source-length": "length",
-    "block-size": "length", "max-train-samples": "samples", "max-eval-samples": "heldout-samples",
+    "block-size": "length", "max-answer-length": "target-length", "max-train-samples": "samples",
+    "max-eval-samples": "heldout-samples",
     "save-steps": "save-every", "logging-steps": "log-every", "overwrite-output-dir": "overwrite",
     "warmup-ratio": "warmup", "max-target-length": "target-length", "num-beams": "beams",
 }  # fmt: skip
 VALUES = {"none": "none", "MoE": "moe", "MEO": "meo", "Conv1D_MoE": "moe", "Conv1D_MEO": "meo"}
-SWITCHES = ("overwrite-output-dir", "do-train", "do-eval", "do-predict", "only-tune-moe", "predict-with-generate")
+SWITCHES = ("overwrite-output-dir", "do-train", "do-eval", "do-predict", "only-tune-moe", "predict-with-generate",
+            "load-best-model-at-end", "pad-to-max-length", "fp16", "overwrite-cache", "line-by-line")  # fmt: skip
 LEFT_OUT = {
     "description-size": "descriptions are read with the model's own embeddings",
     "only-tune-moe": "it had no effect; --parts experts trains the experts alone",
     "max-tokens-per-batch": "it had no effect",
     "per-device-eval-batch-size": "evaluation takes batches of --batch-size",
     "predict-with-generate": "answers and summaries are always generated",
+    "load-best-model-at-end": "the model of the last step is written",
+    "metric-for-best-model": "the model of the last step is written",
+    "fp16": "training is in float32; --bf16 halves it", "mlm-probability": "15 % of the tokens are to be found",
+    "doc-stride": "what is longer than --length is cut", "lr-scheduler-type": "the rate falls as a cosine",
+    "evaluation-strategy": "evaluation is before and after training",
+    "eval-strategy": "evaluation is before and after training",
+    "eval-steps": "evaluation is before and after training",
+    "save-strategy": "checkpoints are written each --save-every steps",
     "do-train": "", "do-eval": "", "do-predict": "", "dataset-config-name": "give --data NAME:CONFIG",
+    "pad-to-max-length": "", "overwrite-cache": "", "line-by-line": "", "save-total-limit": "",
+    "preprocessing-num-workers": "", "report-to": "", "logging-dir": "", "logging-strategy": "",
 }  # fmt: skip
 
 
@@ -95,6 +107,7 @@ class Conversion:
         reduce: The block's width is that of the tokens divided by this.
         balance_coef: Weight of the balance loss.
         z_coef: Weight of the loss on the size of the gates' logits.
+        bias_rate: Balance without a loss: each step moves the experts' biases of selection by this; 0: none.
         temperature: Divides the gates' logits.
         straight_through: Give gates of experts that were not selected a gradient too.
         init: noise, copy (the paper's), split or lora.
@@ -119,6 +132,7 @@ class Conversion:
     reduce: int = 64
     balance_coef: float = 0.01
     z_coef: float = 0.0
+    bias_rate: float = 0.0
     temperature: float = 1.0
     straight_through: bool = False
     init: str = "noise"
@@ -142,7 +156,7 @@ class Conversion:
         if self.method == "none":
             return None
         same = ("method", "experts", "k", "level", "decoder_gate", "gate", "gate_scope", "reduce", "balance_coef",
-                "z_coef", "temperature", "straight_through", "init", "lora_rank", "chunk", "order",
+                "z_coef", "bias_rate", "temperature", "straight_through", "init", "lora_rank", "chunk", "order",
                 "allow_future_leak", "seed")  # fmt: skip
         return MeoConfig(
             **{name: getattr(self, name) for name in same}, token_block=self.token_block or None,

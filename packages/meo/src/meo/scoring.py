@@ -22,24 +22,32 @@ Figure = dict[str, float]
 
 def evaluate(
     model: Any, tokenizer: Any, rows: Sequence[Row], kind: str, *, batch_size: int = 8, target_length: int = 64,
-    beams: int = 1,
+    min_target_length: int = 0, beams: int = 1, no_repeat_ngram_size: int = 0,
 ) -> dict[str, Figure]:  # fmt: skip
     """Figures by kind, shares in percent.
 
-    classification: accuracy, f1 (of class 1) and mcc for two classes, loss; clm, mlm: loss (nats a token), perplexity;
-    qa: exact_match, f1; summarization: rouge1, rouge2, rougeL. `beams`, `target_length`: of generated answers.
+    classification: accuracy, f1 (of class 1) and mcc for two classes, loss; or, where labels are scores, pearson,
+    spearman and loss (the mean square of the differences); clm, mlm: loss (nats a token), perplexity;
+    qa: exact_match, f1; summarization: rouge1, rouge2, rougeL. The settings after `batch_size` are those of
+    answers that are generated.
     """
     if kind in ("qa", "summarization"):
-        texts = generated(model, tokenizer, rows, batch_size, target_length, beams)
+        how = {"max_new_tokens": target_length, "num_beams": beams, "no_repeat_ngram_size": no_repeat_ngram_size}
+        how |= {"min_new_tokens": min_target_length} if min_target_length else {}
+        texts = generated(model, tokenizer, rows, batch_size, how)
         return _answers(texts, rows) if kind == "qa" else _summaries(texts, rows)
     losses: list[float] = []  # sums over a row's tokens
     counts: list[int] = []
-    predicted: list[int] = []
+    predicted: list[Any] = []
+    scores = kind == "classification" and model.config.num_labels == 1
     with progress("rows scored") as bar:
         for batch in _batches(model, tokenizer, rows, kind, batch_size):
             logits = _logits(model, batch)
             labels = batch["labels"]
-            if kind == "classification":
+            if scores:
+                predicted += logits.squeeze(-1).tolist()
+                loss, count = (logits.squeeze(-1) - labels).square(), torch.ones_like(labels)
+            elif kind == "classification":
                 predicted += logits.argmax(-1).tolist()
                 loss, count = (
                     torch.nn.functional.cross_entropy(logits, labels, reduction="none"),
@@ -50,6 +58,8 @@ def evaluate(
             losses += loss.tolist()
             counts += count.tolist()
             bar(len(losses), len(rows))
+    if scores:
+        return {**_correlations(predicted, [r["labels"] for r in rows]), "loss": mean(losses)}
     if kind == "classification":
         return {**_classes(predicted, [r["labels"] for r in rows]), "loss": mean(losses)}
     return _language(losses, counts)
@@ -112,11 +122,32 @@ def _classes(predicted: Sequence[int], labels: Sequence[int]) -> dict[str, Figur
     return found
 
 
+def _correlations(predicted: Sequence[float], labels: Sequence[float]) -> dict[str, Figure]:
+    """Pearson's and Spearman's, times 100; 0 where one side is constant."""
+    return {
+        "pearson": {"value": 100 * _pearson(predicted, labels)},
+        "spearman": {"value": 100 * _pearson(_ranks(predicted), _ranks(labels))},
+    }
+
+
+def _pearson(a: Sequence[float], b: Sequence[float]) -> float:
+    x, y = (torch.tensor(v, dtype=torch.float64) for v in (a, b))
+    x, y = x - x.mean(), y - y.mean()
+    size = float(x.norm() * y.norm())
+    return float(x @ y) / size if size else 0.0
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    """Place of each value in order; equal ones share the mean of their places."""
+    ordered = sorted(values)
+    count = Counter(ordered)
+    first = {v: i for i, v in reversed(list(enumerate(ordered)))}
+    return [first[v] + (count[v] - 1) / 2 for v in values]
+
+
 @torch.no_grad()
-def generated(
-    model: Any, tokenizer: Any, rows: Sequence[Row], batch_size: int, target_length: int, beams: int
-) -> list[str]:
-    """The model's answer to each row's prompt."""
+def generated(model: Any, tokenizer: Any, rows: Sequence[Row], batch_size: int, how: dict[str, Any]) -> list[str]:
+    """The model's answer to each row's prompt; `how` goes to `generate`."""
     from .context import with_options
 
     decoder_only = not model.config.is_encoder_decoder
@@ -131,8 +162,8 @@ def generated(
             tasks = torch.tensor([r["task_ids"] for r in part]) if "task_ids" in part[0] else None
             with with_options(task_ids=tasks):
                 out = model.generate(
-                    input_ids=ids.to(model.device), attention_mask=mask.to(model.device), num_beams=beams,
-                    max_new_tokens=target_length, do_sample=False, pad_token_id=pad,
+                    input_ids=ids.to(model.device), attention_mask=mask.to(model.device), do_sample=False,
+                    pad_token_id=pad, **how,
                 )  # fmt: skip
             own = out[:, ids.shape[1] :] if decoder_only else out
             texts += tokenizer.batch_decode(own, skip_special_tokens=True)

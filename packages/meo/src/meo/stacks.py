@@ -41,7 +41,7 @@ def find_stacks(model: Any, config: MeoConfig) -> list[StackSpec]:
         if config.method == "moe" and level == "token":
             after = "token"
         return [StackSpec(encoder, level, False), StackSpec(decoder, after, True)]
-    causal = _is_causal(model)
+    causal = is_causal(model.config)
     level = config.level or ("prefix" if causal else "sequence")
     looks_ahead = level == "sequence" or (level == "token" and config.method == "meo")
     if causal and looks_ahead and not config.allow_future_leak and not type(model).__name__.endswith(WHOLE_TEXT):
@@ -84,14 +84,16 @@ def located(model: Any, name: str) -> str:
     return name.removeprefix(stem).removeprefix(".") if name.partition(".")[0] == stem else name
 
 
-def _is_causal(model: Any) -> bool:
-    """Whether the one stack of `model` is a decoder."""
+def is_causal(config: Any) -> bool:
+    """Whether the one stack of a model with this config is a decoder; that of an encoder-decoder is not one."""
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-    if getattr(model.config, "is_decoder", False):
+    if config.is_encoder_decoder:
+        return False
+    if getattr(config, "is_decoder", False):
         return True
-    kind = type(model.config)
-    return kind in AutoModelForCausalLM._model_mapping and kind not in AutoModelForMaskedLM._model_mapping
+    decoders, encoders = AutoModelForCausalLM._model_mapping, AutoModelForMaskedLM._model_mapping
+    return type(config) in decoders and type(config) not in encoders
 
 
 def hook(module: nn.Module, runtime: Runtime) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 from meo.options import KINDS, Conversion, translate
 from model_hooks.errors import RequestError
 from paper_tables.errors import nearest
-from paper_tables.launch import deepspeed_file, is_main_process, run_module
+from paper_tables.launch import deepspeed_file, is_main_process, on_cpu, run_module
 from paper_tables.options import command_of
 from paper_tables.training import LOG, Run, prepare
 
@@ -43,8 +43,12 @@ class TrainConfig(Conversion, Run):
         heldout_samples: Rows to measure on.
         length: Most tokens of an input.
         target_length: Most tokens of an answer or a summary.
+        min_target_length: Least tokens of what is generated.
         beams: Of generated answers and summaries.
+        no_repeat_ngram_size: So many tokens never come twice in what is generated; 0: they may.
         parts: What is trained: all, experts (the banks), gates, or peft (gates, token blocks, low-rank differences).
+        decay_experts: Let weight decay act on the banks as on all else.
+        fsdp: Cut the model over the processes by PyTorch's FSDP2.
     """
 
     kind: str = "classification"
@@ -54,8 +58,12 @@ class TrainConfig(Conversion, Run):
     heldout_samples: int = 200
     length: int = 128
     target_length: int = 64
+    min_target_length: int = 0
     beams: int = 1
+    no_repeat_ngram_size: int = 0
     parts: str = "all"
+    decay_experts: bool = True
+    fsdp: bool = False
     learning_rate: float = 1e-4
     batch_size: int = 16
     seed: int = 0
@@ -69,6 +77,16 @@ class TrainConfig(Conversion, Run):
                 raise RequestError(f"unknown {name} {value!r}{nearest(value, accepted)}")
         self.at_least(1, "samples", "heldout_samples", "target_length", "beams")
         self.at_least(2, "length")
+        self.at_least(0, "min_target_length", "no_repeat_ngram_size")
+        if self.fsdp:
+            self._check_fsdp()
+
+    def _check_fsdp(self) -> None:
+        if self.deepspeed:
+            raise RequestError("deepspeed and fsdp both cut the model; give one of them")
+        self.needs_launcher("fsdp")
+        if on_cpu():
+            raise RequestError("fsdp: accelerate cuts models over GPUs only, and there is none; take --deepspeed zero3")
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -162,9 +180,12 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
 
 def _finish(config: TrainConfig, prepared: dict[str, Any]) -> dict[str, Any]:
     """Measure what was trained and write it to the output."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
     from meo.workflow import load_for, scored, write_model
     from model_hooks.files import atomic_write
 
+    unset_hf_deepspeed_config()  # else ZeRO-3 would cut what is loaded now
     model, tokenizer = load_for(str(config.work / TRAINED), config.kind, None, tokenizer=str(config.work / START))
     held = read_rows(config.work / "heldout.jsonl")
     after = scored(model, tokenizer, held, config)

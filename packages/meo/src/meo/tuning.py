@@ -20,7 +20,9 @@ from model_hooks.loading import quiet
 from paper_tables import WorkFailed, progress, trainer
 from paper_tables.training import LOG
 
-from .context import gating
+from .balancing import move_biases
+from .classes import is_merged
+from .context import Seen, gating
 from .converting import banks
 from .data import collate
 from .train import START, TRAINED, read_rows
@@ -35,10 +37,12 @@ GATES = ("w_gate", "w_noise", "first")
 class BalancedTrainer(Trainer):
     """Trainer whose loss is the task's and the gates' balance; the log tells the latter apart."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, decay_experts: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.decay_experts = decay_experts
         self.model_accepts_loss_kwargs = False  # so that the loss of each batch, balance and all, is divided alike
         self.balance: list[float] = []
+        self.seen: list[Seen] = []  # in this step
         self.uncached = {"use_cache": False} if "use_cache" in inspect.signature(self.model.forward).parameters else {}
 
     def compute_loss(
@@ -48,8 +52,29 @@ class BalancedTrainer(Trainer):
             outputs = model(**inputs, **self.uncached)
             balance = seen.loss
         self.balance.append(float(balance.detach()))
+        if seen.chosen:
+            self.seen.append(seen)
         loss = outputs.loss + balance
         return (loss, outputs) if return_outputs else loss
+
+    def get_decay_parameter_names(self, model: Any, *args: Any, **kwargs: Any) -> list[str]:
+        names: list[str] = super().get_decay_parameter_names(model, *args, **kwargs)
+        if self.decay_experts or not is_merged(self.model):
+            return names
+        own = tuple(f"{name}." for name in banks(self.model))
+        return [name for name in names if not name.startswith(own)]
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            move_biases(*self.seen)
+            self.seen.clear()
+        return loss
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Wait for the files of all processes: trainer_state.json, by which a checkpoint is known as whole, is next."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         found, self.balance = self.balance, []
@@ -72,7 +97,11 @@ def choose(model: Any, parts: str) -> None:
 
 def arguments(config: TrainConfig, deepspeed: str | None) -> Any:
     """The Trainer's arguments; `deepspeed` is a file. Making them joins this process to the others of its launcher."""
-    return trainer.arguments(config, deepspeed, "meo", remove_unused_columns=False, label_names=["labels"])
+    own: dict[str, Any] = {"remove_unused_columns": False, "label_names": ["labels"]}
+    if config.fsdp:  # it checkpoints activations itself
+        fsdp = {"version": 2, "activation_checkpointing": config.gradient_checkpointing}
+        own |= {"fsdp": True, "fsdp_config": fsdp, "gradient_checkpointing": False}
+    return trainer.arguments(config, deepspeed, "meo", **own)
 
 
 def fit(config: TrainConfig, arguments: Any) -> dict[str, Any]:
@@ -88,7 +117,7 @@ def fit(config: TrainConfig, arguments: Any) -> dict[str, Any]:
         rows = read_rows(config.work / "train.jsonl")
         tokenizer = AutoTokenizer.from_pretrained(start)
         tuner = BalancedTrainer(
-            model=model, args=arguments, train_dataset=rows,
+            model=model, args=arguments, train_dataset=rows, decay_experts=config.decay_experts,
             data_collator=partial(collate, kind=config.kind, tokenizer=tokenizer),
             callbacks=[trainer.Progress(bar), trainer.Log(config.work / LOG)],
         )  # fmt: skip

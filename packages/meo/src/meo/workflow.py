@@ -12,6 +12,8 @@ from model_hooks.errors import RequestError
 Rows = list[dict[str, Any]]
 HEAD = {"classification": "classification", "clm": "clm", "mlm": "mlm"}  # others: seq2seq, or clm for a decoder
 
+GENERATION = ("target_length", "min_target_length", "beams", "no_repeat_ngram_size")  # settings of generated answers
+
 
 def load_for(
     source: str, kind: str, meo: MeoConfig | None, *, dtype: Any = "float32", labels: Sequence[str] = (),
@@ -63,8 +65,8 @@ def scored(model: Any, tokenizer: Any, rows: Rows, config: Any) -> dict[str, dic
     from meo.scoring import evaluate
 
     return evaluate(
-        model, tokenizer, rows, config.kind, batch_size=config.batch_size, target_length=config.target_length,
-        beams=config.beams,
+        model, tokenizer, rows, config.kind, batch_size=config.batch_size,
+        **{name: getattr(config, name) for name in GENERATION},
     )  # fmt: skip
 
 
@@ -130,10 +132,13 @@ def convert_pretrained(config: Any) -> dict[str, Any]:
 
 
 def evaluate(
-    source: str, kind: str, data: str, *, task: str, samples: int, length: int, target_length: int, beams: int,
-    batch_size: int, gates: bool,
+    source: str, kind: str, data: str, *, task: str, samples: int, length: int, batch_size: int, gates: bool,
+    generation: dict[str, int],
 ) -> dict[str, Any]:  # fmt: skip
-    """Figures of a model on data, each with its standard error, and on request how its gates decide."""
+    """Figures of a model on data, each with its standard error, and on request how its gates decide.
+
+    `generation` has the settings `GENERATION`.
+    """
     from meo.classes import is_merged
     from meo.context import with_options
     from meo.data import examples, label_names, records
@@ -147,14 +152,45 @@ def evaluate(
             labels = label_names(r for s in data.split(",") for r in records(s, samples=samples, split="heldout"))
     tasks = list(model.config.meo["config"]["tasks"]) if is_merged(model) and not task else []
     rows = examples(
-        kind, tokenizer, data, samples=samples, length=length, target_length=target_length, split="heldout",
-        tasks=tasks, labels=labels, encoder_decoder=model.config.is_encoder_decoder,
+        kind, tokenizer, data, samples=samples, length=length, target_length=generation["target_length"],
+        split="heldout", tasks=tasks, labels=labels, encoder_decoder=model.config.is_encoder_decoder,
     )  # fmt: skip
     with with_options(task=task or None):
-        found = score(model, tokenizer, rows, kind, batch_size=batch_size, target_length=target_length, beams=beams)
+        found = score(model, tokenizer, rows, kind, batch_size=batch_size, **generation)
         report = gate_report(model, tokenizer, rows, kind, batch_size) if gates else []
     figures = [{"figure": name, **figure} for name, figure in found.items()]
     return {"rows": len(rows), "figures": figures, **({"gates": report} if gates else {})}
+
+
+def evaluate_tasks(
+    source: str, names: Sequence[str], *, task: str, folder: Path | None, limit: int | None, shots: int | None,
+    batch_size: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Main figures of a causal language model on lm-eval tasks, such as the zoo's (zoo_name, zoo_recall, ...)."""
+    from transformers import AutoConfig
+
+    from meo.classes import is_merged
+    from meo.context import with_options
+    from meo.lm import prompted_lm
+    from meo.stacks import is_causal
+    from model_hooks.loading import resolve
+    from paper_tables import quality
+    from paper_tables.frame import require
+
+    require("lm_eval", extra="eval", package="meo")
+    if not is_causal(AutoConfig.from_pretrained(resolve(source))):
+        raise RequestError(f"{source} is no causal language model, which lm-eval tasks are for; give --kind and --data")
+    model, tokenizer = load_for(source, "clm", None)
+    record = model.config.meo if is_merged(model) else {"config": {"method": ""}, "stacks": [{"level": ""}]}
+    level = record["stacks"][0]["level"]
+    if record["config"]["method"] == "meo" and level in ("sequence", "token"):
+        raise RequestError(f"{source}: gates of level {level} would see the answers that are to be scored")
+    with with_options(task=task or None):
+        found = quality.accuracies(
+            model, tokenizer, names, folder=folder, limit=limit, shots=shots, batch_size=batch_size,
+            wrapper=prompted_lm() if level == "prefix" else None,
+        )  # fmt: skip
+    return {"figures": [{"figure": name, **figure} for name, figure in found.items()]}
 
 
 def merge(source: str, task: str, output: Path, overwrite: bool) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from model_hooks import kv
 from model_hooks.errors import RequestError, UnsupportedArchitectureError
 from model_hooks.structure import Anatomy, Block, Sublayer, anatomy
 
-from .config import RouterConfig, Unit, make_config
+from .config import RouterConfig, make_config
 from .context import Frame, Seen, enter, leave, options, routing_context, with_options
 from .gate import ROUTER, GateSpec, Runtime, install, runtime_of, uninstall
 from .merged import become_stock
@@ -62,22 +62,36 @@ def _row_dim(model: Any) -> int:
 
 def find_gates(parts: Anatomy, config: RouterConfig) -> tuple[GateSpec, ...]:
     """Where the gates of `config` go. Raises `RequestError` where a layer lacks the unit."""
-    return tuple(_gate(parts, parts.blocks[layer], config.unit) for layer in config.resolved(len(parts.blocks)))
+    return tuple(_gate(parts, parts.blocks[layer], config) for layer in config.resolved(len(parts.blocks)))
 
 
-def _gate(parts: Anatomy, block: Block, unit: Unit) -> GateSpec:
+def _gate(parts: Anatomy, block: Block, config: RouterConfig) -> GateSpec:
+    unit = config.unit
     if unit == "block":
         return GateSpec(block.index, block.name, True, True, block.returns)
     sublayer = block.attention if unit == "attention" else block.mlp
     if sublayer is None:
         raise RequestError(f"layer {block.index} has no {unit}: it was dropped; leave it out of layers")
     _refuse(parts, block, sublayer)
+    if config.repair == "mean":
+        _refuse_repair(parts, block, sublayer)
     raw = not any(_weighted(block, name) for name in sublayer.pre)
-    return GateSpec(block.index, f"{block.name}.{sublayer.name}", raw, False, sublayer.returns)
+    norms = tuple(f"{block.name}.{name}" for name in sublayer.own_norms if _weighted(block, name))
+    return GateSpec(block.index, f"{block.name}.{sublayer.name}", raw, False, sublayer.returns, norms)
 
 
 def _weighted(block: Block, name: str) -> bool:
     return any(True for _ in block.module.get_submodule(name).parameters())
+
+
+def _refuse_repair(parts: Anatomy, block: Block, sublayer: Sublayer) -> None:
+    """A norm on the way to the residual stream would not keep the mean."""
+    behind = [name for name in sublayer.post if _weighted(block, name)]
+    if behind:
+        raise UnsupportedArchitectureError(
+            f"{type(parts.model).__name__} has {behind[0]} after {sublayer.name}, which would change the mean that "
+            "repair='mean' adds; gate unit='block', or leave repair out"
+        )
 
 
 def _refuse(parts: Anatomy, block: Block, sublayer: Sublayer) -> None:
@@ -100,7 +114,7 @@ def _refuse(parts: Anatomy, block: Block, sublayer: Sublayer) -> None:
 def install_all(model: Any, runtime: Runtime) -> None:
     """Gates, hooks and `generate` of a model that may have no weights yet; `attach` without the looking."""
     for spec in runtime.specs:
-        install(model.get_submodule(spec.module), spec, runtime)
+        install(model, spec, runtime)
     decoder = model.get_submodule(runtime.decoder)
     decoder.__dict__["_mod_router"] = model.__dict__["_mod_router"] = runtime
     decoder.__dict__["_mod_router_hooks"] = (
@@ -114,8 +128,7 @@ def detach(model: Any) -> Any:
     """Take the routers off `model`, in place: every module is the object and the class that it was before."""
     target = base_of(model)
     runtime = runtime_of(target)
-    for spec in runtime.specs:
-        uninstall(target.get_submodule(spec.module))
+    uninstall(target, runtime)
     decoder = target.get_submodule(runtime.decoder)
     for hook in decoder.__dict__.pop("_mod_router_hooks"):
         hook.remove()
@@ -176,14 +189,34 @@ def _begin(decoder: Any, cache: Any, wanted: bool, kwargs: dict[str, Any]) -> An
     first = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
     if first is None:
         return cache
-    past = 0 if cache is None else int(cache.get_seq_length())
+    past = 0 if cache is None else _past(runtime, cache)
     mask = kwargs.get("attention_mask")
-    mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
     batch, tokens = first.shape[:2]
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        mask = _prompt_mask(batch, past)
     if cache is not None and not past and not current.off:
         _decide_on_all_of_the_prompt(runtime, decoder, cache, batch, tokens)
-    enter(Frame(runtime, current, cache, batch, tokens, past, mask, first.device))
+    frame = Frame(runtime, current, cache, batch, tokens, past, mask, first.device)
+    if past and runtime.config.level == "sequence" and not (current.off or current.train):
+        frame.settled = None if cache.layers[runtime.specs[0].layer].static else cache.layers
+    enter(frame)
     return cache
+
+
+def _prompt_mask(batch: int, past: int) -> Tensor | None:
+    """[B, T] of the prompt that `generate` was given, which makes masks of all token pairs of it for static caches."""
+    ids, mask = options().prompt or (None, None)
+    if ids is None or mask is None or mask.dim() != 2 or past >= mask.shape[1] or batch % len(mask):
+        return None
+    return mask.repeat_interleave(batch // len(mask), 0)
+
+
+def _past(runtime: Runtime, cache: Any) -> int:
+    """Tokens in the cache. A static one counts on the device: once all is decided, that it is not empty is enough."""
+    layer: Any = cache.layers[runtime.layers[0]] if len(cache.layers) > runtime.layers[0] else None
+    if getattr(layer, "static", False) and layer.decision is not None:
+        return 1
+    return int(cache.get_seq_length())
 
 
 def _end(decoder: Any, args: Any, output: Any) -> None:
@@ -192,15 +225,18 @@ def _end(decoder: Any, args: Any, output: Any) -> None:
 
 def _routed(runtime: Runtime, decoder: Any, cache: Any, wanted: bool) -> Any:
     """The cache with routed layers. Raises TypeError for one that cannot hold decisions."""
-    from transformers import DynamicCache
+    from transformers import DynamicCache, StaticCache
 
-    from .cache import is_routed
+    from .cache import convert_static, is_routed
 
     if cache is None:
         if not wanted:
             return None
         cache = DynamicCache(config=decoder.config)
     if cache.layers and all(i < len(cache.layers) and is_routed(cache.layers[i]) for i in runtime.layers):
+        return cache
+    if isinstance(cache, StaticCache) and runtime.config.level == "sequence" and not int(cache.get_seq_length()):
+        convert_static(cache, runtime.layers)
         return cache
     if not isinstance(cache, DynamicCache) or cache.get_seq_length():
         what = f"{type(cache).__name__} with {int(cache.get_seq_length())} tokens"

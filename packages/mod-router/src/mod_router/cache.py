@@ -6,11 +6,19 @@ reset or emptied, so chunks, drafts and further turns of a conversation go by it
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
 
 class _Routed:
@@ -18,27 +26,29 @@ class _Routed:
 
     Attributes:
         packed: keys of open rows only; without it (a gate on the MLP) keys of all rows.
-        decision: [B] bool, None before it is made. rows: the open ones, ascending; None where all are.
-        count: how many are open. expected: rows that the next update must bring, set by the gate.
+        static: keys of all rows in tensors of fixed size.
+        decision: [B] bool, None before it is made. batch: B. count: how many rows are open.
+        rows: the open ones, ascending; None where all or none are.
+        expected: rows that the next update must bring, set by the gate.
     """
 
     routed = True
     packed = True
+    static = False
     decision: Tensor | None = None
     rows: Tensor | None = None
-    count = 0
+    batch = count = 0
     expected: int | None = None
     length = 0
 
     def decide(self, decision: Tensor, open_rows: list[int]) -> None:
-        self.decision, self.count = decision, len(open_rows)
-        everything = len(open_rows) == decision.shape[0]
-        self.rows = None if everything else torch.tensor(open_rows, dtype=torch.long, device=decision.device)
+        self.decision, self.batch, self.count = decision, len(decision), len(open_rows)
+        mixed = 0 < self.count < self.batch
+        self.rows = torch.tensor(open_rows, dtype=torch.long, device=decision.device) if mixed else None
 
     def expect(self) -> None:
         """The gate is about to run the attention on the open rows."""
-        assert self.decision is not None
-        self.expected = self.count if self.packed else self.decision.shape[0]
+        self.expected = self.count if self.packed else self.batch
 
     def skip(self, tokens: int) -> None:
         """The layer was closed for all rows of a call."""
@@ -73,15 +83,15 @@ class _Routed:
         if old is not None:
             index = index.to(old.device)
             decision = old[index]
-            if rows is None or not self.count:
-                open_rows = list(range(len(decision))) if rows is None else []
+            if rows is None:
+                open_rows = list(range(len(decision))) if self.count else []
             else:
                 open_rows = [i for i, is_open in enumerate(decision.tolist()) if is_open]
             self.decide(decision, open_rows)
-            if self.packed and rows is not None and self.count:
+            if self.packed and rows is not None:
                 row_of = torch.zeros(len(old), dtype=torch.long, device=old.device)
                 row_of[rows] = torch.arange(len(rows), device=old.device)
-                places = row_of[index[self.rows]]
+                places = row_of[index[torch.tensor(open_rows, dtype=torch.long, device=old.device)]]
             elif self.packed and not self.count:
                 places = index[:0]
         if self._holds:
@@ -105,7 +115,7 @@ class _Routed:
 
     def _batch(self) -> int:
         if self.decision is not None:
-            return int(self.decision.shape[0])
+            return self.batch
         return int(self.keys.shape[0]) if self._holds else 0
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -161,6 +171,52 @@ class RoutedSlidingLayer(_Routed, DynamicSlidingWindowLayer):
         kept = self.keys.shape[-2] - remove
         start = max(0, kept - self.sliding_window + 1)
         self._set(self.keys[..., start:kept, :], self.values[..., start:kept, :])
+
+
+class _RoutedStatic:
+    """Decision of one layer whose keys, of all rows, lie in tensors of fixed size: what compiled decoding needs. A
+    closed row's output is left out, and nothing is saved."""
+
+    routed = static = True
+    packed = False
+    decision: Tensor | None = None
+    batch = count = 0
+
+    def decide(self, decision: Tensor, open_rows: list[int]) -> None:
+        self.decision, self.batch, self.count = decision, len(decision), len(open_rows)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        if self.decision is not None:
+            self.decision = self.decision[beam_idx.to(self.decision.device)]
+
+    def reset(self) -> None:
+        super().reset()  # type: ignore[misc]
+        self.decision, self.batch, self.count = None, 0, 0
+
+
+class RoutedStaticLayer(_RoutedStatic, StaticLayer):
+    """A layer of fixed size that attends to all tokens."""
+
+
+class RoutedStaticSlidingLayer(_RoutedStatic, StaticSlidingWindowLayer):
+    """A layer of fixed size whose attention has a window."""
+
+
+STATIC: dict[type, type] = {StaticLayer: RoutedStaticLayer, StaticSlidingWindowLayer: RoutedStaticSlidingLayer}
+
+
+def convert_static(cache: Cache, layers: Iterable[int]) -> None:
+    """Let the layers of an empty static cache hold decisions; what they have allocated stays theirs."""
+    for index in layers:
+        kind = STATIC.get(type(cache.layers[index]))
+        if kind is None:
+            raise TypeError(
+                f"layer {index} of the cache is a {type(cache.layers[index]).__name__}: no routers work on it"
+            )
+        routed: Any = object.__new__(kind)
+        vars(routed).update(vars(cache.layers[index]))
+        cache.layers[index] = routed
 
 
 def convert(cache: Cache, layers: dict[int, type | None], depth: int, packed: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,16 @@ from torch import Tensor
 
 from model_hooks.errors import RequestError
 from model_hooks.files import atomic_folder
+from paper_tables.frame import require
 
 from .attaching import attach, base_of, routers
 from .config import RouterConfig
 from .errors import IncompatibleRouterError
 from .gate import ROUTER, runtime_of
+from .repair import means_of, set_means
 
 FORMAT = "mod-router adapter 1"
-WEIGHTS, CONFIG = "router.safetensors", "router_config.json"
+WEIGHTS, CONFIG, LORA = "router.safetensors", "router_config.json", "lora"
 
 
 def save(
@@ -36,14 +39,21 @@ def save(
     """
     runtime = runtime_of(model)
     weights = {i: router.weight for i, router in routers(model).items()}
-    return write(folder, runtime.config, weights, {"name": base, **identity(model)}, measured or {}, overwrite)
+    record = {"name": base, **identity(model)}
+    return write(folder, runtime.config, weights, record, measured or {}, overwrite, means=means_of(model))
 
 
 def write(
     folder: str | Path, config: RouterConfig, weights: dict[int, Tensor], base: dict[str, Any],
-    measured: dict[str, Any], overwrite: bool = False,
+    measured: dict[str, Any], overwrite: bool = False, means: dict[int, Tensor] | None = None,
+    lora: Path | None = None,
 ) -> Path:  # fmt: skip
-    """`save` for weights [1, H] by layer that were gathered elsewhere; `base`: its name and its `identity`."""
+    """`save` for weights [1, H] by layer that were gathered elsewhere.
+
+    Args:
+        base: its name and its `identity`.
+        means: what skipped units add, [H] by layer. lora: folder of a PEFT adapter that was trained along.
+    """
     from safetensors.torch import save_file
 
     record = {
@@ -54,8 +64,11 @@ def write(
         "versions": _versions(),
     }
     with atomic_folder(folder, overwrite) as part:
-        flat = {f"layers.{i}.weight": w.detach().float().cpu().contiguous() for i, w in weights.items()}
-        save_file(flat, part / WEIGHTS)
+        flat = {f"layers.{i}.weight": w for i, w in weights.items()}
+        flat |= {f"layers.{i}.delta": delta for i, delta in (means or {}).items()}
+        save_file({name: tensor.detach().float().cpu().contiguous() for name, tensor in flat.items()}, part / WEIGHTS)
+        if lora is not None:
+            shutil.copytree(lora, part / LORA)
         (part / CONFIG).write_text(json.dumps(record, indent=1) + "\n")
         (part / "README.md").write_text(_card(record))
     return Path(folder)
@@ -101,7 +114,8 @@ def read_record(folder: str | Path) -> dict[str, Any]:
 
 
 def load(model: Any, folder: str | Path, *, allow_mismatch: bool = False, **changes: Any) -> Any:
-    """Attach the routers of an adapter folder to their base, in place, and return it.
+    """Attach the routers of an adapter folder to their base, in place, and return it: where LoRA was trained along,
+    as the PeftModel that holds the adapter too.
 
     Args:
         allow_mismatch: take a base of the same sizes with other weights, such as a later fine-tune.
@@ -126,9 +140,15 @@ def load(model: Any, folder: str | Path, *, allow_mismatch: bool = False, **chan
     settings = {k: v for k, v in record["config"].items() if k in known}
     config = RouterConfig(**{**settings, "layers": tuple(settings["layers"])})
     _check_weights(config, weights, record["base"]["hidden_size"], file)
+    lora = Path(folder) / LORA
+    if lora.is_dir() and base_of(model) is not model:
+        raise RequestError(f"{folder} holds a LoRA adapter, and this model has one already; merge that first")
     attach(model, config, **changes)
     set_weights(model, {layer: weights[f"layers.{layer}.weight"] for layer in config.layers})  # type: ignore[misc]
-    return model
+    set_means(model, {layer: weights.get(f"layers.{layer}.delta") for layer in config.layers})  # type: ignore[misc]
+    if not lora.is_dir():
+        return model
+    return require("peft", extra="train", package="mod-router").PeftModel.from_pretrained(model, lora).eval()
 
 
 @torch.no_grad()
@@ -149,10 +169,10 @@ def _check_base(model: Any, base: dict[str, Any], folder: str | Path, allow_mism
 
 
 def _check_weights(config: RouterConfig, weights: dict[str, Tensor], width: int, file: Path) -> None:
-    want = {f"layers.{layer}.weight" for layer in config.layers}
-    wrong = [k for k, v in weights.items() if k not in want or tuple(v.shape) != (1, width)] or sorted(
-        want - set(weights)
-    )
+    want: dict[str, tuple[int, ...]] = {f"layers.{layer}.weight": (1, width) for layer in config.layers}
+    if config.repair == "mean":
+        want |= {f"layers.{layer}.delta": (width,) for layer in config.layers}
+    wrong = [k for k, v in weights.items() if tuple(v.shape) != want.get(k)] or sorted(want.keys() - weights.keys())
     if wrong:
         raise IncompatibleRouterError(f"{file}: {wrong[0]} does not fit {CONFIG}; copy the folder again")
 

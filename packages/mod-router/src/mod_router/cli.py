@@ -197,6 +197,8 @@ def merge(
         routers, model=model, tau=tau, dtype=dtype, device_map=device_map, allow_mismatch=allow_mismatch
     )
     source = Path(resolve(name))
+    if hasattr(loaded, "merge_and_unload"):
+        loaded = loaded.merge_and_unload()
     merged.merge(
         loaded, output, tokenizer, base=name, overwrite=overwrite, source=source if source.is_dir() else None
     )  # fmt: skip
@@ -217,6 +219,9 @@ def generate(
     model: Base = "",
     prompt: Annotated[str, typer.Option(help="Text to go on from.")] = "def main(",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    lossless: Annotated[
+        bool, typer.Option("--lossless", help="The base's own text, drafted by the routed model.")
+    ] = False,
     tau: Tau = 0.0,
     allow_mismatch: Mismatch = False,
     dtype: Dtype = "auto",
@@ -228,7 +233,7 @@ def generate(
     loaded, tokenizer, _ = workflow.load_routed(
         routers, model=model, tau=tau, dtype=dtype, device_map=device_map, allow_mismatch=allow_mismatch
     )
-    return workflow.generate(loaded, tokenizer, prompt, max_new_tokens)
+    return workflow.generate(loaded, tokenizer, prompt, max_new_tokens, lossless)
 
 
 @app.command()

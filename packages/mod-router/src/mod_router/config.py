@@ -36,6 +36,8 @@ class RouterConfig:
         cheap_train: Skipped rows are not computed in training either; closed gates then get no gradient (the paper's).
         noise: Standard deviation of noise on router logits in training; falls to 0 over the run.
         distill: Share of the loss that is KL from the ungated model; the rest is cross-entropy.
+        repair: What a skipped unit adds to the residual stream: none (the paper's), or mean: of what it adds on other
+            data, measured before training.
 
     Raises:
         RequestError: a value is not accepted.
@@ -54,6 +56,7 @@ class RouterConfig:
     cheap_train: bool = False
     noise: float = 0.0
     distill: float = 1.0
+    repair: Literal["none", "mean"] = "none"
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))

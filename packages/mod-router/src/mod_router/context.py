@@ -64,15 +64,16 @@ class Seen:
         return torch.stack([self.used(layer).mean() for layer in sorted(self.gates)]).mean()
 
 
-_local = threading.local()
+class _Local(threading.local):
+    """Of one thread: the contexts and the calls that it is in, innermost last."""
+
+    def __init__(self) -> None:
+        self.options: list[Options] = []
+        self.frames: list[Frame] = []
 
 
-def _stack(name: str) -> list[Any]:
-    found: list[Any] | None = getattr(_local, name, None)
-    if found is None:
-        found = []
-        setattr(_local, name, found)
-    return found
+_local = _Local()
+_DEFAULT = Options()
 
 
 @dataclass
@@ -87,6 +88,7 @@ class Frame:
     past: int  # tokens in the cache before
     attention_mask: Tensor | None  # [B, past + T] of real tokens, where it was given in that form
     device: Any
+    settled: list[Any] | None = None  # the cache's layers, where gates may go by their decisions without a further look
 
     @cached_property
     def real(self) -> Tensor | None:
@@ -138,18 +140,17 @@ def _checked(mask: Tensor, frame: Frame) -> Tensor:
 
 def options() -> Options:
     """The innermost `routing_context`'s."""
-    found = _stack("options")
-    return found[-1] if found else Options()
+    return _local.options[-1] if _local.options else _DEFAULT
 
 
 def enter(frame: Frame) -> None:
-    _stack("frames").append(frame)
+    _local.frames.append(frame)
     if frame.options.train:
         frame.runtime.last = frame
 
 
 def leave(runtime: Runtime) -> None:
-    frames = _stack("frames")
+    frames = _local.frames
     for place in reversed(range(len(frames))):
         if frames[place].runtime is runtime:
             del frames[place]
@@ -158,12 +159,15 @@ def leave(runtime: Runtime) -> None:
 
 def frame_of(runtime: Runtime) -> Frame | None:
     """The call that is running, or else the last training call (checkpointed blocks run again in the backward pass)."""
-    return next((f for f in reversed(_stack("frames")) if f.runtime is runtime), runtime.last)
+    frames = _local.frames
+    if frames and frames[-1].runtime is runtime:
+        return frames[-1]
+    return next((f for f in reversed(frames) if f.runtime is runtime), runtime.last)
 
 
 @contextmanager
 def with_options(**changes: Any) -> Iterator[Options]:
-    stack = _stack("options")
+    stack = _local.options
     stack.append(replace(options(), **changes))
     try:
         yield stack[-1]

@@ -7,8 +7,9 @@ the router its child `depth_router`. So state dicts, LoRA targets and device map
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from types import MethodType
 from typing import Any
 
@@ -16,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from model_hooks.errors import RequestError
-from model_hooks.trace import first_tensor, unpack
+from model_hooks.trace import first_tensor
 
-from .cache import convert, is_routed
+from .cache import convert
 from .config import RouterConfig
 from .context import Frame, frame_of
-from .router import Router, straight_through
+from .router import Router
 
 ROUTER = "depth_router"  # the name of the router in its module
 
@@ -29,13 +30,15 @@ ROUTER = "depth_router"  # the name of the router in its module
 @dataclass(frozen=True)
 class GateSpec:
     """Where a gate is: layer number, module path from the model, whether its input is a raw residual stream (`rms`),
-    whether it gates a whole block, and how many values its module returns (0: a tensor)."""
+    whether it gates a whole block, how many values its module returns (0: a tensor), and the paths of the norms that
+    nothing but this unit reads or passes through (`norms`)."""
 
     layer: int
     module: str
     rms: bool
     block: bool
     returns: int
+    norms: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -54,7 +57,7 @@ class Runtime:
     tau: dict[int, float] = field(default_factory=dict)
     last: Frame | None = None
 
-    @property
+    @cached_property
     def layers(self) -> tuple[int, ...]:
         return tuple(spec.layer for spec in self.specs)
 
@@ -92,172 +95,106 @@ def gated_class(base: Any) -> type[nn.Module]:
     return type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__, "ungated": base})
 
 
-def install(module: Any, spec: GateSpec, runtime: Runtime) -> None:
-    """Gate `module` in place, its router at zero."""
+@functools.cache
+def hushed_class(base: Any) -> type[nn.Module]:
+    """The norm class `base` with a forward that does nothing where the unit that it belongs to is closed for all rows.
+
+    Its output would not be read, or it would be given zeros (and none of these norms has a bias).
+    """
+
+    @functools.wraps(base.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        runtime, index = self._hushed
+        frame = frame_of(runtime)
+        if args and frame is not None and frame.settled is not None:
+            layer = frame.settled[index]
+            if layer.decision is not None and not layer.count:
+                return args[0]
+        return base.forward(self, *args, **kwargs)
+
+    return type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__, "ungated": base})
+
+
+def install(model: Any, spec: GateSpec, runtime: Runtime) -> None:
+    """Gate a module of `model` in place, its router at zero."""
+    module = model.get_submodule(spec.module)
     parameter = next(module.parameters(), None)
-    router = Router(runtime.hidden_size, spec.rms, None if parameter is None else parameter.device)
-    module.add_module(ROUTER, router)
+    device = None if parameter is None else parameter.device
+    repair = runtime.config.repair == "mean"
+    module.add_module(ROUTER, Router(runtime.hidden_size, spec.rms, device, repair))
     module.__dict__["_gate"] = (runtime, spec)
     stock: Any = type(module)
-    module.__class__ = gated_class(stock)
-    _rebind(module)
+    _become(module, gated_class(stock))
+    for name in spec.norms:
+        norm = model.get_submodule(name)
+        norm.__dict__["_hushed"] = (runtime, spec.layer)
+        stock = type(norm)
+        _become(norm, hushed_class(stock))
 
 
-def uninstall(module: Any) -> None:
-    module.__class__ = type(module).ungated
-    delattr(module, ROUTER)
-    del module.__dict__["_gate"]
-    _rebind(module)
+def uninstall(model: Any, runtime: Runtime) -> None:
+    """Undo `install` for all gates of `runtime`."""
+    for spec in runtime.specs:
+        module = model.get_submodule(spec.module)
+        delattr(module, ROUTER)
+        del module.__dict__["_gate"]
+        _become(module, type(module).ungated)
+    for norm in model.modules():  # PEFT may have put them elsewhere
+        if vars(norm).pop("_hushed", None) is not None:
+            _become(norm, type(norm).ungated)
 
 
-def _rebind(module: Any) -> None:
+def _become(module: Any, kind: Any) -> None:
+    module.__class__ = kind
     if "_old_forward" in vars(module):  # what accelerate's hooks call in a model spread over devices
-        module._old_forward = MethodType(type(module).forward, module)
+        module._old_forward = MethodType(kind.forward, module)
 
 
 def run(module: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """One call of a gated module."""
-    runtime, _ = module._gate
+    runtime, spec = module._gate
     frame = frame_of(runtime)
+    if frame is None:
+        return forward(module, *args, **kwargs)
+    if frame.settled is not None:  # the way of all decoding: what was decided is done, and no more
+        layer = frame.settled[spec.layer]
+        if layer.decision is not None and layer.rows is None and layer.batch == frame.batch:
+            if frame.options.seen is not None:
+                frame.options.seen.gates[spec.layer] = layer.decision
+            if layer.count:
+                layer.expected = layer.batch
+                return forward(module, *args, **kwargs)
+            if layer.packed:
+                layer.skip(frame.tokens)
+            return pack(skipped(module, spec, _inputs(args, kwargs)), spec.returns)
     x = first_tensor(args, kwargs)  # [B, T, H]
-    if frame is None or frame.options.off or x is None:
+    if frame.options.off or x is None:
         return forward(module, *args, **kwargs)
     if runtime.config.level == "token":
         from .tokens import run_tokens
 
         return run_tokens(module, forward, args, kwargs, x, frame)
-    call = Call(module, forward, args, kwargs, x, frame)
+    from .calls import Call
+
+    call = Call(module, runtime, spec, forward, args, kwargs, x, frame)
     return call.train() if frame.options.train else call.infer()
 
 
-@dataclass
-class Call:
-    """A call of a sequence-level gate with inputs x [B, T, H]."""
+def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    x = kwargs.get("hidden_states")
+    found = x if x is not None else first_tensor(args, kwargs)
+    assert found is not None
+    return found
 
-    module: Any
-    forward: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    x: Tensor
-    frame: Frame
 
-    @property
-    def runtime(self) -> Runtime:
-        return self.module._gate[0]
-
-    @property
-    def spec(self) -> GateSpec:
-        return self.module._gate[1]
-
-    def probabilities(self) -> Tensor:
-        """p, [B] float32."""
-        z = self.module.get_submodule(ROUTER)(self.x, self.frame.deciding, self.runtime.config.pool)
-        if self.frame.options.noise:
-            z = z + self.frame.options.noise * torch.randn_like(z)
-        return torch.sigmoid(z)
-
-    def train(self) -> Any:
-        p = self.probabilities()  # [B]
-        gate = straight_through(p, self.runtime.config.tau)
-        seen = self.frame.seen
-        if seen is not None:
-            seen.probabilities[self.spec.layer], seen.gates[self.spec.layer] = p, gate
-        scale = gate.to(self.x.dtype)
-        if not self.runtime.config.cheap_train:
-            y, returns = unpack(self.forward(self.module, *self.args, **self.kwargs))
-            assert y is not None
-            return pack(self._gated(y, scale[:, None, None]), returns)
-        rows, _ = self._rows(p.detach())
-        if not len(rows):  # zero, yet in the graph: DDP waits for a gradient of every parameter
-            return self._nothing(scale.sum() * 0.0)
-        index = torch.tensor(rows, device=self.x.device)
-        y, returns = unpack(self.forward(self.module, *self._take(self.args, index), **self._take(self.kwargs, index)))
-        assert y is not None
-        own = self.x[index] if self.spec.block else 0.0
-        delta = (y - own) * scale[index, None, None]
-        return pack(self._spread(delta, index), returns)
-
-    def _gated(self, y: Tensor, gate: Tensor) -> Tensor:
-        return self.x + gate * (y - self.x) if self.spec.block else gate * y
-
-    def infer(self) -> Any:
-        layer = self._cache_layer()
-        if layer is not None and layer.decision is not None:  # no look at the device
-            decision, rows, count = layer.decision, layer.rows, layer.count
-        else:
-            decision, open_rows = self._decide()
-            count = len(open_rows)
-            if layer is not None:
-                layer.decide(decision, open_rows)
-                rows = layer.rows
-            else:
-                rows = None if count == len(decision) else torch.tensor(open_rows, device=self.x.device)
-        if self.frame.seen is not None:
-            self.frame.seen.gates[self.spec.layer] = decision
-        if decision.shape[0] != self.x.shape[0]:
-            raise RequestError(f"the cache holds decisions of {decision.shape[0]} rows, the batch has {len(self.x)}")
-        if not count:
-            if layer is not None and layer.packed:
-                layer.skip(self.x.shape[1])
-            return self._nothing()
-        if layer is not None:
-            layer.expect()
-        if rows is None:
-            return self.forward(self.module, *self.args, **self.kwargs)
-        y, returns = unpack(self.forward(self.module, *self._take(self.args, rows), **self._take(self.kwargs, rows)))
-        assert y is not None
-        if self.spec.block:
-            return pack(self.x.index_copy(0, rows, y), returns)
-        return pack(self._spread(y, rows), returns)
-
-    def _decide(self) -> tuple[Tensor, list[int]]:
-        """[B] bool and the open rows: the one look at the device."""
-        forced = (self.frame.options.forced or {}).get(self.spec.layer)
-        if forced is not None:
-            decision = forced.to(device=self.x.device, dtype=torch.bool).expand(self.frame.batch)
-            return decision, [i for i, is_open in enumerate(decision.tolist()) if is_open]
-        p = self.probabilities()
-        if self.frame.seen is not None:
-            self.frame.seen.probabilities[self.spec.layer] = p
-        rows, decision = self._rows(p)
-        return decision, rows
-
-    def _rows(self, p: Tensor) -> tuple[list[int], Tensor]:
-        """Open rows and [B] bool. Raises FloatingPointError for a probability that is no number."""
-        tau = self.runtime.config.tau
-        codes = torch.where(p.isnan(), 2, (p >= tau).long()).tolist()
-        if 2 in codes:
-            raise FloatingPointError(f"the router of layer {self.spec.layer} gave a logit that is no number (NaN)")
-        return [i for i, code in enumerate(codes) if code], p >= tau
-
-    def _cache_layer(self) -> Any:
-        cache = self.frame.cache
-        layer = None if cache is None else cache.layers[self.spec.layer]
-        return layer if is_routed(layer) else None
-
-    def _nothing(self, zero: Tensor | float = 0.0) -> Any:
-        y = self.x + zero if self.spec.block else torch.zeros_like(self.x) + zero
-        return pack(y, self.spec.returns)
-
-    def _spread(self, y: Tensor, rows: Tensor) -> Tensor:
-        base = self.x if self.spec.block else torch.zeros_like(self.x)
-        return base.index_add(0, rows, y.to(base.dtype))
-
-    def _take(self, value: Any, rows: Tensor) -> Any:
-        """Arguments of a call on `rows` alone. Tensors that are the same for all rows (dim 0 is 1) stay."""
-        if isinstance(value, (tuple, list)):
-            return type(value)(self._take(v, rows) for v in value)
-        if isinstance(value, Mapping):
-            return {k: self._take(v, rows) for k, v in value.items()}
-        if not isinstance(value, Tensor) or value.dim() < 2:
-            return value
-        dim = self.runtime.row_dim if self._has_axes(value) else 0
-        return value.index_select(dim, rows) if value.shape[dim] == self.frame.batch else value
-
-    def _has_axes(self, value: Tensor) -> bool:
-        """Positions [3, B, T] or their embeddings [3, B, T, D]."""
-        positions = value.dim() >= 4 or (value.dim() == 3 and not value.is_floating_point())
-        return positions and value.shape[0] == 3 and value.shape[1] == self.frame.batch
+def skipped(module: Any, spec: GateSpec, x: Tensor) -> Tensor:
+    """What a gated module gives for tokens [.., H] that it does not run on: nothing for the residual stream (all of the
+    input for a block), or the mean of what it would give, where the routers hold that."""
+    delta = getattr(module, ROUTER).delta  # [H]
+    if delta is not None:
+        delta = delta.to(x.dtype)
+        return x + delta if spec.block else delta.expand_as(x)
+    return x if spec.block else torch.zeros_like(x)
 
 
 def pack(hidden_states: Tensor, returns: int) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,14 @@ from .objective import token_losses
 
 STEPS = 14  # of the bisection for a threshold, at most
 CLOSE = 2e-3  # share at which it ends
+
+
+@contextmanager
+def ungated_model(model: Any) -> Iterator[None]:
+    """The base, in this block: all gates open and, where LoRA was trained along with them, without it."""
+    without = getattr(model, "disable_adapter", nullcontext)
+    with routing_context(off=True), without():
+        yield
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,7 @@ def measure(
                 used.setdefault(layer, []).append(seen.used(layer).cpu())
             loss.append(token_losses(logits, labels, None, 0.0).cpu())
             if compare:
-                with routing_context(off=True):
+                with ungated_model(model):
                     whole = call(**batch, use_cache=False).logits
                 base.append(token_losses(whole, labels, None, 0.0).cpu())
                 kl.append(token_losses(logits, labels, whole, 1.0).cpu())

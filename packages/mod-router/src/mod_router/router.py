@@ -20,12 +20,17 @@ class Router(nn.Module):
     """`weight` [1, H] in float32 whatever the model's dtype, since decisions lie near the boundary.
 
     `rms`: inputs are raw residual streams, whose scale grows with depth; they are divided by their root mean square.
+    `delta` [H], with `repair`: what is added where the layer is skipped, the mean of what it would have added.
     """
 
-    def __init__(self, hidden_size: int, rms: bool = False, device: Any = None) -> None:
+    delta: Tensor | None
+
+    def __init__(self, hidden_size: int, rms: bool = False, device: Any = None, repair: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1, hidden_size, dtype=torch.float32, device=device))
         self.rms = rms
+        zeros = torch.zeros(hidden_size, dtype=torch.float32, device=device) if repair else None
+        self.register_buffer("delta", zeros)  # no parameter, so that ZeRO-3 and FSDP do not cut it
 
     def forward(self, hidden_states: Tensor, mask: Tensor | None = None, pool: str = "prompt_mean") -> Tensor:
         """Logits z in float32: [B] for [B, T, H] with a `mask` [B, T] of the tokens that decide (None: all).

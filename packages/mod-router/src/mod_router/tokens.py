@@ -34,6 +34,7 @@ class TokenLayer(DynamicLayer):
     """
 
     routed = True
+    static = False
     slots: Tensor | None
     counts: Tensor | None
     length: int
@@ -169,7 +170,7 @@ def _probabilities(module: Any, x: Tensor, frame: Frame) -> Tensor:
 
 def _train(module: Any, forward: Callable[..., Any], named: dict[str, Any], x: Tensor, frame: Frame) -> Any:
     """All tokens compute, so that closed gates get a gradient; what they would not leave in the cache is not seen."""
-    from .gate import pack
+    from .gate import pack, skipped
 
     runtime, spec = module._gate
     p = _probabilities(module, x, frame)
@@ -184,11 +185,12 @@ def _train(module: Any, forward: Callable[..., Any], named: dict[str, Any], x: T
     y, returns = unpack(forward(module, **named))
     assert y is not None
     scale = gate.to(x.dtype)[..., None]
-    return pack(x + scale * (y - x) if spec.block else scale * y, returns)
+    otherwise = skipped(module, spec, x)
+    return pack(otherwise + scale * (y - otherwise), returns)
 
 
 def _infer(module: Any, forward: Callable[..., Any], named: dict[str, Any], x: Tensor, frame: Frame) -> Any:
-    from .gate import pack
+    from .gate import pack, skipped
 
     runtime, spec = module._gate
     tokens = x.shape[1]
@@ -210,7 +212,7 @@ def _infer(module: Any, forward: Callable[..., Any], named: dict[str, Any], x: T
     if dense:
         return forward(module, **named)
     if not k:
-        return pack(x if spec.block else torch.zeros_like(x), spec.returns)
+        return pack(skipped(module, spec, x), spec.returns)
     rows = token_gather(x, idx, counts=routing.counts)  # [B, k, H]
     chosen = torch.arange(k, device=x.device) < routing.counts[:, None]
     named = _gathered(named, x, rows, idx)
@@ -219,7 +221,8 @@ def _infer(module: Any, forward: Callable[..., Any], named: dict[str, Any], x: T
         named["attention_mask"] = _mask(named.get("attention_mask"), x, frame, idx, held)
     y, returns = unpack(forward(module, **named))
     assert y is not None
-    onto, delta = (x, y - rows) if spec.block else (torch.zeros_like(x), y)
+    onto = skipped(module, spec, x).contiguous()
+    delta = y - skipped(module, spec, rows)  # so that what is added to `onto` gives y
     return pack(token_scatter_add(onto, delta.contiguous(), idx, counts=routing.counts), returns)
 
 

@@ -21,12 +21,13 @@ from typing import Any
 from mod_router.config import RouterConfig
 from model_hooks.errors import RequestError
 from paper_tables.errors import nearest
-from paper_tables.launch import deepspeed_file, is_main_process, run_module
+from paper_tables.launch import deepspeed_file, is_main_process, on_cpu, run_module
 from paper_tables.options import command_of
 from paper_tables.training import LOG, Run, prepare, refuse_longer_than_context, split
 
 RECIPES = {"ours": 2e-2, "paper": 1e-5}  # with their learning rates
 DATA = "data.safetensors"
+MEANS = 256  # examples on which the means of repair are taken
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,9 @@ class TuneConfig(Run):
         penalty: The paper's lambda, with recipe paper.
         noise: Standard deviation of noise on router logits at the start; negative: the recipe's (1 for ours, else 0).
         distill: Share of the loss that is KL from the ungated model; negative: the recipe's (1 for ours, 0 for paper).
+        repair: What a skipped unit adds instead: none (the paper's), or mean (of what it adds on the training data).
+        lora_rank: Above 0, also train LoRA of this rank on the attentions and feed-forwards, together with the routers.
+        lora_rate: Learning rate of LoRA.
         cheap_train: Do not compute skipped rows in training: faster, and closed gates get no gradient.
         calibrate: At the end move the threshold so that the target is met on training prompts (recipe ours).
         data: Text (zoo:train, a file, a hub dataset) or instruction records.
@@ -56,6 +60,7 @@ class TuneConfig(Run):
         heldout: Data to measure on; empty: the last examples of the data, which are then not trained on.
         heldout_samples: Examples of it.
         learning_rate: Peak, after which it falls as a cosine; 0: the recipe's.
+        fsdp: Cut the model over the processes by PyTorch's FSDP2. Needs a launcher.
         seed: Of the cuts between prompt and rest, the order of the data and the noise.
 
     Raises:
@@ -72,6 +77,9 @@ class TuneConfig(Run):
     penalty: float = 0.0
     noise: float = -1.0
     distill: float = -1.0
+    repair: str = "none"
+    lora_rank: int = 0
+    lora_rate: float = 1e-4
     cheap_train: bool = False
     calibrate: bool = True
     data: str = "zoo:train"
@@ -81,6 +89,7 @@ class TuneConfig(Run):
     length: int = 512
     heldout: str = ""
     heldout_samples: int = 100
+    fsdp: bool = False
     batch_size: int = 8
     save_every: int = 50
     log_every: int = 5
@@ -91,6 +100,15 @@ class TuneConfig(Run):
         super().__post_init__()
         self.at_least(1, "samples", "heldout_samples")
         self.at_least(2, "length")
+        self.at_least(0, "lora_rank", "lora_rate")
+        if self.deepspeed and self.fsdp:
+            raise RequestError("deepspeed and fsdp both cut the model; give one of them")
+        if self.fsdp:
+            self.needs_launcher("fsdp")
+            if on_cpu():
+                raise RequestError(
+                    "fsdp: accelerate cuts models over GPUs only, and there is none; --deepspeed zero3 can on CPU"
+                )
         _ = self.routing  # checked now, not when the model is loaded
 
     @cached_property
@@ -102,6 +120,7 @@ class TuneConfig(Run):
             pool=self.pool or ("masked_mean" if paper else "prompt_mean"),  # type: ignore[arg-type]
             objective="paper" if paper else "capacity", target_capacity=self.target_capacity, penalty=self.penalty,
             cheap_train=self.cheap_train or paper,
+            repair=self.repair,  # type: ignore[arg-type]
             noise=self.noise if self.noise >= 0 else 0.0 if paper else 1.0,
             distill=self.distill if self.distill >= 0 else 0.0 if paper else 1.0,
         )  # fmt: skip
@@ -127,7 +146,8 @@ def tune(config: TuneConfig) -> dict[str, Any]:
     from model_hooks.files import refuse_existing, refuse_overlap
     from paper_tables.frame import require
 
-    for module in ("accelerate", "datasets", *(["deepspeed"] if config.deepspeed else [])):
+    needed = {"accelerate": True, "datasets": True, "deepspeed": config.deepspeed, "peft": config.lora_rank}
+    for module in [name for name, wanted in needed.items() if wanted]:
         require(module, extra="train", package="mod-router")
     refuse_existing(config.output, config.overwrite)
     refuse_overlap(config.output, config.model)
@@ -157,19 +177,26 @@ def make_start(config: TuneConfig, part: Path) -> dict[str, Any]:
     from mod_router.data import to_tensors
     from mod_router.gate import runtime_of
     from mod_router.merged import describe
+    from mod_router.repair import measure_means
     from model_hooks import load
     from model_hooks.loading import resolve
+    from model_hooks.lora import lora_targets
+    from model_hooks.structure import anatomy
 
     model, tokenizer = load(config.model)
     train, heldout = examples(config, model, tokenizer)
     base = {"name": config.model, **identity(model)}
+    modules, banks = lora_targets(anatomy(model)) if config.lora_rank else ([], [])
+    means = measure_means(model, config.routing, train[:MEANS]) if config.repair == "mean" else {}
     attach(model, config.routing)
     tensors = {f"{name}.{k}": v for name, rows in (("train", train), ("heldout", heldout))
                for k, v in to_tensors(rows).items()}  # fmt: skip
+    tensors |= {f"means.{layer}": mean for layer, mean in means.items()}
     save_file(tensors, part / DATA)
     return {
         "source": resolve(config.model), "base": base, "routing": describe(runtime_of(model)),
         "dtype": str(model.dtype).removeprefix("torch."), "pad": tokenizer.pad_token_id or 0,
+        "modules": modules, "banks": banks,
     }  # fmt: skip
 
 
@@ -194,12 +221,16 @@ def examples(config: TuneConfig, model: Any, tokenizer: Any) -> tuple[list[Any],
 def _finish(config: TuneConfig, prepared: dict[str, Any], result: dict[str, Any], weights: dict[int, Any]) -> None:
     from dataclasses import replace
 
-    from mod_router.checkpoint import write
+    from safetensors.torch import load_file
+
+    from mod_router.checkpoint import LORA, write
     from model_hooks.files import atomic_write
 
     routing = replace(config.routing, tau=result["tau"])
     measured = {k: result[k] for k in ("capacity", "loss", "base_loss", "cost", "cost_se", "kl", "steps")}
-    write(config.output, routing, weights, prepared["base"], measured, config.overwrite)
+    means = {int(k.split(".")[1]): v for k, v in load_file(config.work / DATA).items() if k.startswith("means.")}
+    lora = config.work / LORA if config.lora_rank else None
+    write(config.output, routing, weights, prepared["base"], measured, config.overwrite, means=means, lora=lora)
     atomic_write(config.output / LOG, (config.work / LOG).read_text())
     shutil.rmtree(config.work)
 

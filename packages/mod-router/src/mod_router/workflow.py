@@ -34,7 +34,7 @@ def load_routed(
         if not name:
             raise RequestError(f"the routers in {source} do not say what their base is called; give --model")
         base, tokenizer = load_placed(name, dtype, device_map)
-        checkpoint.load(base, source, allow_mismatch=allow_mismatch)
+        base = checkpoint.load(base, source, allow_mismatch=allow_mismatch)
     else:
         if not _is_merged(source):
             raise RequestError(
@@ -74,9 +74,8 @@ def evaluate(
     task_folder: Path | None, limit: int | None, shots: int | None, batch_size: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Rows for loss and tasks, routed and ungated; what ran; and whether each difference is within two errors."""
-    from mod_router.context import routing_context
     from mod_router.lm import routed_lm
-    from mod_router.measuring import measure
+    from mod_router.measuring import measure, ungated_model
     from paper_tables.quality import accuracies
 
     rows: Rows = []
@@ -95,7 +94,7 @@ def evaluate(
     if tasks:
         how = {"folder": task_folder, "limit": limit, "shots": shots, "batch_size": batch_size, "wrapper": routed_lm()}
         routed = accuracies(model, tokenizer, tasks, **how)
-        with routing_context(off=True):
+        with ungated_model(model):
             ungated = accuracies(model, tokenizer, tasks, **how)
         for task in tasks:
             a, b = ungated[task], routed[task]
@@ -149,7 +148,7 @@ def inspect(source: str) -> dict[str, Any]:
     """What an adapter folder holds, without loading its base."""
     from safetensors.torch import load_file
 
-    from mod_router.checkpoint import WEIGHTS, read_record
+    from mod_router.checkpoint import LORA, WEIGHTS, read_record
     from model_hooks.loading import check_safetensors
 
     record = read_record(source)
@@ -157,18 +156,24 @@ def inspect(source: str) -> dict[str, Any]:
     if not file.is_file():
         raise RequestError(f"{source} lacks {WEIGHTS}; the copy is incomplete")
     check_safetensors(file)
-    norms = {name.split(".")[1]: float(w.norm()) for name, w in load_file(file).items()}
+    weights = load_file(file)
+    norms = {name.split(".")[1]: float(w.norm()) for name, w in weights.items() if name.endswith(".weight")}
     settings = {k: record["config"][k] for k in ("unit", "level", "pool", "tau", "objective", "target_capacity")}
+    settings["repair"] = record["config"].get("repair", "none")
     rows = [{"layer": layer, "router_norm": norms[str(layer)]} for layer in record["config"]["layers"]]
     base = record["base"]
     return {
         "base": base["name"], "fingerprint": base["fingerprint"], **settings, **record["measured"],
-        "bytes": sum(f.stat().st_size for f in Path(source).iterdir()), "gates": rows,
+        "lora": (Path(source) / LORA).is_dir(),
+        "bytes": sum(f.stat().st_size for f in Path(source).rglob("*") if f.is_file()), "gates": rows,
     }  # fmt: skip
 
 
-def generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> dict[str, Any]:
-    """Greedy text, and what the prompt decided: which layers ran, and the cache they need beside the base's."""
+def generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, lossless: bool = False) -> dict[str, Any]:
+    """Greedy text, and what the prompt decided: which layers ran, and the cache they need beside the base's.
+
+    With `lossless` the text is the base's, drafted by the routed model: how many tokens each pass of the base gave.
+    """
     from mod_router.cache import RoutedCache
     from mod_router.gate import runtime_of
     from model_hooks.kv import kv_bytes
@@ -176,6 +181,15 @@ def generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> di
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
     if not ids.numel():
         raise RequestError("the prompt is empty; give some text")
+    if lossless:
+        from mod_router.draft import generate_lossless
+
+        out, passes = generate_lossless(
+            model, ids, attention_mask=ids.new_ones(ids.shape), do_sample=False, max_new_tokens=max_new_tokens
+        )
+        new = out.shape[1] - ids.shape[1]
+        text = tokenizer.decode(out[0], skip_special_tokens=True)
+        return {"text": text, "new_tokens": new, "passes_of_the_base": passes, "tokens_a_pass": new / passes}
     cache = RoutedCache(model)
     out = model.generate(
         input_ids=ids, attention_mask=ids.new_ones(ids.shape), past_key_values=cache, do_sample=False,

@@ -18,14 +18,14 @@ from model_hooks.errors import UnsupportedArchitectureError
 from model_hooks.experts import MoeLayer
 from model_hooks.structure import Block
 from moe_compress.moments import expert_inputs
-from moe_compress.quantising import rounded, scales
+from moe_compress.quantising import Codes, rtn
 
 RATIOS = tuple(step / 20 for step in range(20))
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # of the mixture's output for the median token; others: 5 %
 
 
 @torch.no_grad()
-def smooth(block: Block, layer: MoeLayer, sample: Tensor, bits: int, group: int) -> dict[str, float]:
+def smooth(block: Block, layer: MoeLayer, sample: Tensor, how: Codes) -> dict[str, float]:
     """Fold the best scales into the weights of one block, in place; nothing is rounded yet.
 
     Args:
@@ -44,15 +44,15 @@ def smooth(block: Block, layer: MoeLayer, sample: Tensor, bits: int, group: int)
     def error(s: Tensor) -> float:
         total = 0.0
         for expert, x in routed.items():
-            trial = _rounded(weights[expert] * s, bits, group) / s
+            trial = rtn(weights[expert] * s, how).weight / s
             total += float(((trial - weights[expert]).float() @ x.float().T).square().sum())
         return total
 
-    size = torch.stack([_relative_size(w, group) for w in weights]).mean(0)
+    size = torch.stack([_relative_size(w, how.group) for w in weights]).mean(0)
     s, ratio, gain = _best(importance, size, error)
     _fold(norm, layer, s.to(sample.dtype))
     scaled = (sample.float() / s).to(sample.dtype)
-    down = [_smooth_down(layer, e, scaled[_rows(layer, scaled, e)], bits, group) for e in range(layer.num_experts)]
+    down = [_smooth_down(layer, e, scaled[_rows(layer, scaled, e)], how) for e in range(layer.num_experts)]
     change = (layer.module(scaled[None])[0].float() - before).norm(dim=-1) / before.norm(dim=-1).clamp_min(1e-12)
     moved = float(change.median())  # rounding of bfloat16 sends a few tokens to another expert
     if moved > TOLERANCE.get(sample.dtype, 0.05):
@@ -76,7 +76,7 @@ def _best(importance: Tensor, size: Tensor, error: Callable[[Tensor], float]) ->
     return best, found, least / plain if plain else 1.0
 
 
-def _smooth_down(layer: MoeLayer, expert: int, x: Tensor, bits: int, group: int) -> float:
+def _smooth_down(layer: MoeLayer, expert: int, x: Tensor, how: Codes) -> float:
     """Fold the scale of one expert's down_proj into its up_proj; how much error is left, as a share."""
     hidden = expert_inputs(layer, expert, x)["hidden"]
     weight, half = layer.bank.down_proj.data[expert], layer.bank.gate_up_proj.shape[1] // 2
@@ -84,10 +84,10 @@ def _smooth_down(layer: MoeLayer, expert: int, x: Tensor, bits: int, group: int)
         return 1.0
 
     def error(s: Tensor) -> float:
-        trial = _rounded(weight * s, bits, group) / s
+        trial = rtn(weight * s, how).weight / s
         return float(((trial - weight).float() @ hidden.float().T).square().sum())
 
-    s, _, gain = _best(hidden.float().abs().mean(0), _relative_size(weight, group), error)
+    s, _, gain = _best(hidden.float().abs().mean(0), _relative_size(weight, how.group), error)
     weight.mul_(s)
     layer.bank.gate_up_proj.data[expert, half:].div_(s[:, None])
     return gain
@@ -132,7 +132,3 @@ def _relative_size(weight: Tensor, group: int) -> Tensor:
     """Mean over rows of each weight's size beside the largest of its group, [d_in]."""
     groups = weight.float().abs().view(weight.shape[0], -1, group)
     return (groups / groups.amax(-1, keepdim=True).clamp_min(1e-12)).view_as(weight).mean(0)
-
-
-def _rounded(weight: Tensor, bits: int, group: int) -> Tensor:
-    return rounded(weight, scales(weight, bits, group), bits, group)

@@ -205,12 +205,13 @@ class _rounded_bank:
     def __enter__(self) -> None:
         import torch
 
-        from moe_compress.quantising import rtn
+        from moe_compress.quantising import Codes, rtn
 
         self.before = {name: p.data for name, p in self.layer.bank.named_parameters()}
         if self.bits < 16:
+            how = Codes(self.bits, self.group)
             for name, weight in self.before.items():
-                rounded = torch.stack([rtn(expert, self.bits, self.group).weight for expert in weight])
+                rounded = torch.stack([rtn(expert, how).weight for expert in weight])
                 self.layer.bank.get_parameter(name).data = rounded
 
     def __exit__(self, *_: object) -> None:

@@ -10,6 +10,7 @@ import typer
 from model_hooks.errors import RequestError
 from model_hooks.files import refuse_existing
 from moe_compress.finetune import finetune_command
+from moe_compress.presets import option
 from paper_tables.cli import add_reproduce
 from paper_tables.frame import keep, make_app
 
@@ -43,6 +44,7 @@ def score(
     buffer: Annotated[Path | None, typer.Option(help="With --layerwise: folder for the hidden states.")] = None,
     dtype: Dtype = "auto",
     device_map: DeviceMap = "",
+    preset: option("presets", "score") = "",  # type: ignore[valid-type]
     overwrite: Overwrite = False,
 ) -> dict[str, Any]:
     """Measure what every expert, MoE layer and block does: one pass, for all ways to trim.
@@ -84,6 +86,12 @@ def trim(
     allow_lower_topk: Annotated[
         bool, typer.Option("--allow-lower-topk", help="Keep fewer experts than a token uses.")
     ] = False,
+    allow_empty: Annotated[
+        bool, typer.Option("--allow-empty", help="With --scope global: a layer may lose all experts, and so itself.")
+    ] = False,
+    preserve_gate: Annotated[
+        bool, typer.Option("--preserve-gate", help="Keep all router rows; dropped experts stay, as zeros: an ablation.")
+    ] = False,
     layers: Annotated[int, typer.Option(help="MoE layers to drop; their attention stays.")] = 0,
     blocks: Annotated[int, typer.Option(help="Whole blocks to drop.")] = 0,
     consecutive: Annotated[bool, typer.Option("--consecutive", help="With --blocks: the best run of blocks.")] = False,
@@ -101,6 +109,8 @@ def trim(
     measure: Measure = "zoo:heldout",
     dtype: Dtype = "auto",
     device_map: DeviceMap = "",
+    preset: option("presets", "trim") = "",  # type: ignore[valid-type]
+    compat: option("compat", "trim") = "",  # type: ignore[valid-type]
     overwrite: Overwrite = False,
 ) -> dict[str, Any]:
     """Take out experts, MoE layers or blocks and write the checkpoint."""
@@ -118,7 +128,10 @@ def trim(
     elif found is None:
         raise RequestError("trimming needs --scores (from `moe-compress score`) or --plan")
     else:
-        own = {"scope": scope, "metric": metric, "reverse": reverse, "allow_lower_topk": allow_lower_topk}
+        own = {
+            "scope": scope, "metric": metric, "reverse": reverse, "allow_lower_topk": allow_lower_topk,
+            "allow_empty": allow_empty, "preserve_gate": preserve_gate,
+        }  # fmt: skip
         chosen = workflow.choose(found, {**asked, **own, "consecutive": consecutive})
     if plan_only is not None:
         chosen.save(plan_only, overwrite=overwrite)
@@ -143,6 +156,9 @@ def slim(
     pattern: Annotated[str, typer.Option("--pattern", "--sparsity-type", help="2:4, 4:8, or none: anywhere.")] = "",
     bits: Annotated[int, typer.Option(help="Of a weight, 2 to 8.")] = 4,
     group: Annotated[int, typer.Option(help="Inputs that share a scale.")] = 128,
+    symmetric: Annotated[
+        bool, typer.Option("--symmetric/--asymmetric", help="Codes without or with zero points.")
+    ] = True,
     scope: Annotated[str, typer.Option(help="experts (routed and shared), or block: attention too.")] = "experts",
     exclude: Annotated[str, typer.Option(help="Parts of names of matrices to leave, separated by commas.")] = "",
     min_tokens: Annotated[
@@ -155,11 +171,16 @@ def slim(
     form: Annotated[
         str, typer.Option("--format", help="Of quantised weights: compressed-tensors or dense.")
     ] = "compressed-tensors",
-    workspace: Annotated[float, typer.Option(help="GB that the moments of inputs may take at once.")] = 2.0,
+    workspace: Annotated[
+        float, typer.Option(help="GB for moments of inputs and their factors; more saves passes over the data.")
+    ] = 4.0,
     data: Data = "zoo:calibration",
     samples: Samples = 128,
     length: Length = 2048,
     batch_size: Batch = 4,
+    measure: Annotated[str, typer.Option(help="Text for figures before and after, by the whole model.")] = "",
+    preset: option("presets", "slim") = "",  # type: ignore[valid-type]
+    compat: option("compat", "slim") = "",  # type: ignore[valid-type]
     overwrite: Overwrite = False,
 ) -> dict[str, Any]:
     """Prune or quantise the experts, one layer in memory at a time.
@@ -170,14 +191,15 @@ def slim(
     from moe_compress.slimming import Slimming
 
     refuse_existing(output, overwrite)
+    names = tuple(part.strip() for part in exclude.split(",") if part.strip())
     how = Slimming(
         method, sparsity=sparsity, pattern="" if pattern in ("none", "unstructured") else pattern, bits=bits,
-        group=group, scope=scope, exclude=tuple(part.strip() for part in exclude.split(",") if part.strip()),
-        min_tokens=min_tokens, policy=policy, propagate=propagate,
+        group=group, symmetric=symmetric, scope=scope, exclude=names, min_tokens=min_tokens, policy=policy,
+        propagate=propagate,
     )  # fmt: skip
     report = workflow.slim_to_folder(
         model, output, how, data, samples=samples, length=length, batch_size=batch_size, form=form,
-        workspace=workspace * 1e9, overwrite=overwrite,
+        workspace=workspace * 1e9, measure=measure, overwrite=overwrite,
     )  # fmt: skip
     return {"folder": output, **workflow.slim_summary(report)}
 
@@ -276,11 +298,17 @@ def bench(
 
 
 @app.command()
-def inspect(model: Model) -> dict[str, Any]:
+def inspect(
+    model: Model,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check every key of a quantised folder by compressed-tensors' own rules.")
+    ] = False,
+) -> dict[str, Any]:
     """Experts and bytes of every layer, what was dropped, and what loads it."""
+    from moe_compress import formats
     from moe_compress.inspecting import inspect as look
 
-    return look(model)
+    return {**look(model), **({"verified": formats.check(model)} if verify else {})}
 
 
 @app.command()

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model_hooks.errors import RequestError
+from moe_compress.presets import with_preset
 from paper_tables.errors import WorkFailed, nearest
 from paper_tables.launch import deepspeed_file, is_main_process, run_module
 from paper_tables.options import command_of
@@ -136,18 +137,19 @@ def _start(config: TuneConfig, part: Path) -> dict[str, Any]:
     moe_layers(parts)  # refuses a dense model
     save_file(token_sequences(config, model, tokenizer), part / DATA)
     modules, banks = lora_targets(parts) if config.method == "lora" else ([], [])
-    return {"dtype": str(model.dtype).removeprefix("torch."), "modules": modules, "banks": banks}
+    uneven = bool((getattr(model.config, "lean", None) or {}).get("experts"))
+    return {"dtype": str(model.dtype).removeprefix("torch."), "modules": modules, "banks": banks, "uneven": uneven}
 
 
 def _train(config: TuneConfig, prepared: dict[str, Any], arguments: Any) -> dict[str, Any]:
     """Train, and write the weights, gathered, to the work folder."""
     import torch
     from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM, Trainer
+    from transformers import Trainer
     from transformers.trainer_callback import PrinterCallback
     from transformers.trainer_pt_utils import get_model_param_count
 
-    from model_hooks.loading import quiet, resolve
+    from model_hooks.loading import quiet
     from model_hooks.lora import add_lora
     from paper_tables import progress, trainer
 
@@ -156,9 +158,7 @@ def _train(config: TuneConfig, prepared: dict[str, Any], arguments: Any) -> dict
     halved = config.bf16 and (config.method == "lora" or arguments.deepspeed_plugin is not None)
     began = time.monotonic()
     with quiet(), progress("training steps") as bar:
-        model = AutoModelForCausalLM.from_pretrained(
-            resolve(config.model), dtype=torch.bfloat16 if halved else torch.float32
-        )
+        model = _load(config, torch.bfloat16 if halved else torch.float32, prepared["uneven"], arguments)
         if config.method == "lora":
             adapters = {"rank": config.rank, "alpha": config.alpha, "seed": config.seed}
             model = add_lora(model, prepared["modules"], prepared["banks"], **adapters)
@@ -182,6 +182,24 @@ def _train(config: TuneConfig, prepared: dict[str, Any], arguments: Any) -> dict
         "trainable": get_model_param_count(tuner.model, trainable_only=True),
         "seconds": time.monotonic() - began,
     }
+
+
+def _load(config: TuneConfig, dtype: Any, uneven: bool, arguments: Any) -> Any:
+    """The model to train. Under ZeRO-3 each process builds its own part alone, but where layers have other numbers of
+    experts: they are cut to size as they are built, which needs whole weights, so ZeRO-3 cuts the model up later."""
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+    from model_hooks.loading import resolve
+
+    deepspeed = getattr(arguments, "hf_deepspeed_config", None)
+    if uneven and deepspeed is not None:
+        unset_hf_deepspeed_config()
+    try:
+        return AutoModelForCausalLM.from_pretrained(resolve(config.model), dtype=dtype)
+    finally:
+        if uneven and deepspeed is not None:
+            set_hf_deepspeed_config(deepspeed)
 
 
 def _finish(config: TuneConfig, prepared: dict[str, Any], result: dict[str, Any]) -> None:
@@ -222,7 +240,9 @@ def _card(config: TuneConfig, result: dict[str, Any]) -> Card:
     return Card(config.model, done, "arXiv 2406.02500", measured, config.settings())
 
 
-finetune_command = command_of(TuneConfig, finetune, "Finetune a trimmed model: LoRA on attention and experts, or all.")
+finetune_command = with_preset(
+    command_of(TuneConfig, finetune, "Finetune a trimmed model: LoRA on attention and experts, or all."), "finetune"
+)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -51,7 +51,9 @@ def inspect(source: str) -> dict[str, Any]:
 
 def _of(sizes: dict[str, int], key: str) -> int:
     """Bytes of a tensor, or of the packed ones that stand for it."""
-    return sizes.get(key, 0) or sum(sizes.get(f"{key}{suffix}", 0) for suffix in ("_packed", "_scale", "_shape"))
+    from moe_compress.packing import PARTS, ZERO
+
+    return sizes.get(key, 0) or sum(sizes.get(f"{key}{suffix}", 0) for suffix in (*PARTS, ZERO))
 
 
 def _sizes(folder: Path) -> dict[str, int]:
@@ -74,6 +76,8 @@ def _loaders(stock: bool, packed: bool, folder: Path) -> str:
     if not packed:
         return "transformers; engines that know the model type"
     groups = json.loads((folder / "config.json").read_text())["quantization_config"]["config_groups"]
+    if not all(group["weights"]["symmetric"] for group in groups.values()):
+        return "moe-compress (transformers reads no zero points of experts)"
     if len(groups) > 1 or groups["group_0"]["targets"] != ["Linear"]:
         return "moe-compress; engines that read several groups of compressed-tensors (not tried)"
     return "transformers; engines that read compressed-tensors (vLLM: not tried here)"

@@ -37,7 +37,8 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Moment:
-    """Of `n` inputs [d]: `square` [d] is the sum of squares, `outer` [d, d] of products (None where not wanted)."""
+    """Of `n` inputs [d]: `square` [d] is the sum of squares, `outer` [d, d] of products (None where not wanted); once
+    `Moments.finish` has run, `outer` is 2/N times that, the Hessian of the squared error."""
 
     n: int
     square: Tensor
@@ -50,12 +51,6 @@ class Moment:
         if self.outer is not None and other.outer is not None:
             outer = self.outer * mine + other.outer * theirs
         return Moment(1, self.square * mine + other.square * theirs, outer)
-
-    @property
-    def hessian(self) -> Tensor:
-        """2/N sum x x^T, [d, d]."""
-        assert self.outer is not None
-        return self.outer * (2 / max(self.n, 1))
 
 
 def moment_of(x: Tensor, outer: bool) -> Moment:
@@ -102,6 +97,12 @@ class Moments(ResidualWatcher):
         if moment.outer is not None:
             moment.outer.addmm_(x.T, x)
         self.found[key] = replace(moment, n=moment.n + len(x))
+
+    def finish(self) -> None:
+        """Make Hessians of the products, in place: a second one would take more memory than an expert's weights."""
+        for moment in self.found.values():
+            if moment.outer is not None:
+                moment.outer.mul_(2 / max(moment.n, 1))
 
     @contextmanager
     def watching(self, model: Any, block: nn.Module, layer: MoeLayer | None) -> Iterator[None]:

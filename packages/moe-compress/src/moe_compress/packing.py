@@ -1,7 +1,7 @@
 """Quantised weights as compressed-tensors files ("pack-quantized"), and back: what vLLM and transformers read.
 
-Every quantised matrix NAME is stored as NAME_packed (int32), NAME_scale and NAME_shape under its per-expert name, and
-config.json says which matrices these are.
+Every quantised matrix NAME is stored as NAME_packed (int32), NAME_scale, NAME_shape and, where codes are asymmetric,
+NAME_zero_point, under its per-expert name; config.json says which matrices these are.
 """
 
 from __future__ import annotations
@@ -17,41 +17,47 @@ from torch import Tensor
 
 from model_hooks.errors import RequestError
 from model_hooks.layer_stream import LayerStream
-from moe_compress.quantising import codes, from_codes
+from moe_compress.quantising import Codes, Grid, codes, from_codes
 
 PARTS = ("_packed", "_scale", "_shape")
+ZERO = "_zero_point"
 
 
-def packed(weight: Tensor, scale: Tensor, bits: int, group: int) -> dict[str, Tensor]:
-    """The three tensors, by suffix, of a matrix [rows, d_in] that was rounded with `scale`."""
+def packed(weight: Tensor, grid: Grid, how: Codes) -> dict[str, Tensor]:
+    """The tensors, by suffix, of a matrix [rows, d_in] that was rounded on `grid`."""
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-    scale = scale.view(weight.shape[0], -1)
-    integers = codes(weight, scale, bits, group)
-    again = from_codes(integers, scale, bits, group)
+    integers = codes(weight, grid, how)
+    again = from_codes(integers, grid, how)
     if not torch.equal(again, weight):
         worst = float((again - weight).abs().max())
         raise RuntimeError(f"a packed matrix stands for other weights than it was rounded to (off by {worst:.1e})")
-    parts = (pack_to_int32(integers, bits), scale, torch.tensor(weight.shape))
-    return {suffix: part.contiguous() for suffix, part in zip(PARTS, parts, strict=True)}
+    parts = dict(zip(PARTS, (pack_to_int32(integers, how.bits), grid.scale, torch.tensor(weight.shape)), strict=True))
+    if grid.zero is not None:
+        parts[ZERO] = pack_to_int32(grid.zero, how.bits, packed_dim=0)
+    return {suffix: part.contiguous() for suffix, part in parts.items()}
 
 
-def unpacked(parts: Mapping[str, Tensor], bits: int, group: int) -> Tensor:
+def unpacked(parts: Mapping[str, Tensor], how: Codes) -> Tensor:
     """The matrix again, in its scales' dtype."""
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
     shape = torch.Size(parts["_shape"].tolist())
-    integers = unpack_from_int32(parts["_packed"], bits, shape)
-    return from_codes(integers, parts["_scale"], bits, group)
+    integers, zero = unpack_from_int32(parts["_packed"], how.bits, shape), None
+    if not how.symmetric:
+        zero = unpack_from_int32(parts[ZERO], how.bits, parts["_scale"].shape, packed_dim=0)
+    return from_codes(integers, Grid(parts["_scale"], zero), how)
 
 
-def quantization_config(quantised: Mapping[str, int], dense: Iterable[str], group: int) -> dict[str, Any]:
+def quantization_config(
+    quantised: Mapping[str, int], dense: Iterable[str], group: int, symmetric: bool = True
+) -> dict[str, Any]:
     """The section of config.json. `quantised`: matrix -> its bits; `dense`: matrices that stay as they are."""
     groups: dict[str, Any] = {}
     for bits in sorted(set(quantised.values())):
         names = [name for name, own in quantised.items() if own == bits]
         weights = {
-            "num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": group,
+            "num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": "group", "group_size": group,
             "dynamic": False, "actorder": None, "observer": "minmax",
         }  # fmt: skip
         groups[f"group_{len(groups)}"] = {
@@ -86,6 +92,7 @@ class PackedStream(LayerStream):
         try:
             record = json.loads((folder / "slimming.json").read_text())
             self.bits, self.group = dict(record["quantised"]), int(record["settings"]["group"])
+            self.symmetric = bool(record["settings"].get("symmetric", True))
         except (OSError, ValueError, KeyError):
             raise RequestError(
                 f"{source} is quantised, but not by moe-compress (it has no slimming.json); give its base"
@@ -97,11 +104,11 @@ class PackedStream(LayerStream):
         """Packed matrices under the name that they have as dense ones."""
         found = {}
         for name, file in super().find_files().items():
-            stem, _, suffix = name.rpartition("_")
-            if f"_{suffix}" not in PARTS or not stem.endswith(".weight"):
+            matrix, dot, suffix = name.rpartition(".weight")
+            if not dot or suffix not in (*PARTS, ZERO):
                 found[name] = file
-            elif suffix == "packed":
-                found[stem] = file
+            elif suffix == "_packed":
+                found[f"{matrix}.weight"] = file
         return found
 
     def read(self, keys: list[str]) -> dict[str, Tensor]:
@@ -113,8 +120,9 @@ class PackedStream(LayerStream):
             with safe_open(file, framework="pt") as opened:
                 for key in (k for k in keys if self.files[k] == file):
                     if (matrix := key.removesuffix(".weight")) in self.bits:
-                        parts = {suffix: opened.get_tensor(f"{key}{suffix}") for suffix in PARTS}
-                        found[key] = unpacked(parts, self.bits[matrix], self.group)
+                        suffixes = PARTS if self.symmetric else (*PARTS, ZERO)
+                        parts = {suffix: opened.get_tensor(f"{key}{suffix}") for suffix in suffixes}
+                        found[key] = unpacked(parts, Codes(self.bits[matrix], self.group, self.symmetric))
                     else:
                         found[key] = opened.get_tensor(key)
         return found

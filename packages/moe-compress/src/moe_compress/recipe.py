@@ -32,7 +32,17 @@ Options = dict[str, Any]
 DROPS: dict[str, tuple[str, ...]] = {
     "block_drop": ("n", "consecutive", "blocks"),
     "layer_drop": ("n", "layers"),
-    "expert_drop": ("keep", "scope", "metric", "reverse", "allow_lower_topk", "repair", "experts"),
+    "expert_drop": (
+        "keep",
+        "scope",
+        "metric",
+        "reverse",
+        "allow_lower_topk",
+        "allow_empty",
+        "preserve_gate",
+        "repair",
+        "experts",
+    ),
 }
 CALIBRATION = {"data": "zoo:calibration", "samples": 128, "length": 2048, "batch_size": 4}
 BUDGET = ("bytes", "flops", "latency", "bits", "shares", "drop_layers", "method", "group", "metric")
@@ -189,7 +199,7 @@ def _step(name: str, options: Options, recipe: Recipe, source: str, folder: Path
     else:
         from moe_compress.workflow import slim_to_folder
 
-        extra = {"form": options.get("format", "compressed-tensors"), "workspace": float(options.get("workspace", 2e9))}
+        extra = {"form": options.get("format", "compressed-tensors"), "workspace": float(options.get("workspace", 4e9))}
         slim_to_folder(source, folder, slimming_of(name, options), **recipe.calibration, **extra)
 
 

@@ -30,6 +30,8 @@ class Plan:
         layers: blocks that lose their MoE sublayer.
         blocks: blocks that go altogether.
         how: the request, for people.
+        preserve_gate: routers keep the rows of all experts, and those that go stay as zeros: a token that chooses one
+            gets nothing for it, and its other weights do not grow. An ablation: nothing becomes smaller.
         fingerprint: of the scored model; empty where the plan was written by hand.
     """
 
@@ -39,6 +41,7 @@ class Plan:
     how: str = ""
     model: str = ""
     fingerprint: str = ""
+    preserve_gate: bool = False
 
     def describe(self) -> str:
         """One line for people."""
@@ -46,6 +49,7 @@ class Plan:
         said = f"{next(iter(counts.values()))} experts a layer kept" if len(set(counts.values())) == 1 else (
             "experts kept by layer: " + ", ".join(f"{b}: {n}" for b, n in counts.items())
         )  # fmt: skip
+        said += ", routers as they were" * self.preserve_gate
         parts = [said] if counts else []
         parts += [f"MoE layers {', '.join(map(str, self.layers))} dropped"] if self.layers else []
         parts += [f"blocks {', '.join(map(str, self.blocks))} dropped"] if self.blocks else []
@@ -75,7 +79,7 @@ class Plan:
 
 def select_experts(
     scores: Scores, keep: int | Mapping[int, int], *, scope: str = "layer", metric: str = "gate",
-    reverse: bool = False, allow_lower_topk: bool = False,
+    reverse: bool = False, allow_lower_topk: bool = False, allow_empty: bool = False, preserve_gate: bool = False,
 ) -> Plan:  # fmt: skip
     """Expert Drop.
 
@@ -85,6 +89,8 @@ def select_experts(
         metric: one of `METRICS`.
         reverse: drop the most important ones, as an ablation.
         allow_lower_topk: let a layer keep fewer experts than a token used; its top-k falls to what is left.
+        allow_empty: with scope "global", let a layer lose all of its experts; its MoE layer is dropped then.
+        preserve_gate: leave the routers as they are; see `Plan`.
 
     Raises:
         RequestError: a count out of range, a scope or metric unknown, or a count that the router's groups exclude.
@@ -108,7 +114,7 @@ def select_experts(
     slices = {b: _slices(values, scores.experts[b].groups) for b, values in importance.items()}
     if scope == "global":
         assert isinstance(keep, int)
-        counts = _global_counts(scores, slices, importance, keep, allow_lower_topk)
+        counts = _global_counts(scores, slices, importance, keep, allow_lower_topk or allow_empty, allow_empty)
     kept = {}
     for block, count in counts.items():
         groups = scores.experts[block].groups
@@ -118,7 +124,11 @@ def select_experts(
         f"keep {keep if isinstance(keep, int) else 'by layer'} experts, scope {scope}, by {metric}"
         + " reversed" * reverse
     )
-    return _of(scores, Plan(keep={b: k for b, k in kept.items() if len(k) < len(scores.experts[b])}, how=how))
+    fewer = {b: k for b, k in kept.items() if 0 < len(k) < len(scores.experts[b])}
+    empty = tuple(b for b, k in kept.items() if not k)
+    if len(empty) == len(scores.mlp):
+        raise RequestError(f"cannot drop all experts of all {len(empty)} MoE layers; keep more")
+    return _of(scores, Plan(keep=fewer, layers=empty, how=how, preserve_gate=preserve_gate))
 
 
 def _check_count(block: int, experts: Experts, count: int, allow_lower_topk: bool) -> None:
@@ -150,7 +160,7 @@ def _slices(values: Sequence[float], groups: int) -> list[list[int]]:
 
 def _global_counts(
     scores: Scores, slices: Mapping[int, list[list[int]]], importance: Mapping[int, Sequence[float]], keep: int,
-    allow_lower_topk: bool,
+    allow_lower_topk: bool, allow_empty: bool,
 ) -> dict[int, int]:  # fmt: skip
     """Experts that each layer keeps when the scores of all layers are in one ranking."""
     left = {block: len(scores.experts[block]) for block in slices}
@@ -159,7 +169,7 @@ def _global_counts(
         floor = 1 if allow_lower_topk else experts.top_k
         if experts.groups > 1:
             floor = experts.groups * max(2, -(-experts.top_k // experts.topk_group))
-        least[block] = floor
+        least[block] = 0 if allow_empty and experts.groups == 1 else floor
     to_drop = sum(left.values()) - keep * len(left)
     ranking = sorted(
         (sum(importance[block][e] for e in row) / len(row), block, place, len(row))

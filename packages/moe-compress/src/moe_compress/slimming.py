@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from model_hooks import pruning
@@ -14,6 +13,7 @@ from model_hooks.errors import RequestError
 from model_hooks.experts import MoeLayer
 from moe_compress import quantising
 from moe_compress.moments import Matrix, Moment, Moments, expert_inputs, matrices_of, moment_of
+from moe_compress.quantising import Grid
 from paper_tables.errors import nearest
 
 PRUNING = ("magnitude", "wanda", "sparsegpt")
@@ -35,6 +35,7 @@ class Slimming:
         bits: of a weight, 2 to 8.
         layer_bits: by block (original number), where they differ; 16 leaves a block as it is.
         group: inputs that share a scale.
+        symmetric: codes without zero points; others are read by `moe-compress` alone.
         scope: "experts" (routed and shared), or "block": attention and dense feed-forwards too.
         exclude: parts of names of matrices that are left as they are, such as "shared_expert".
         min_tokens: an expert with fewer calibration tokens is under-covered; 0: 4 * d_in / group, at least 256.
@@ -52,6 +53,7 @@ class Slimming:
     bits: int = 4
     layer_bits: Mapping[int, int] = field(default_factory=dict)
     group: int = 128
+    symmetric: bool = True
     scope: str = "experts"
     exclude: tuple[str, ...] = ()
     min_tokens: int = 0
@@ -83,6 +85,10 @@ class Slimming:
         """Bits of a block's weights; 16: it is left alone."""
         return self.layer_bits.get(block, self.bits)
 
+    def codes_of(self, block: int) -> quantising.Codes:
+        """How a block's weights are written."""
+        return quantising.Codes(self.bits_of(block), self.group, self.symmetric)
+
     def least(self, width: int) -> int:
         """Calibration tokens from which on an expert counts as covered."""
         return self.min_tokens or max(256, 4 * width // self.group)
@@ -101,18 +107,18 @@ Show = Callable[[Moments], None]  # runs all calibration data through the block
 
 
 def slim_block(
-    how: Slimming, model: Any, block: Any, layer: MoeLayer | None, index: int, show: Show, *, workspace: float = 2e9
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    how: Slimming, model: Any, block: Any, layer: MoeLayer | None, index: int, show: Show, *, workspace: float = 4e9
+) -> tuple[dict[str, Any], dict[str, Grid]]:
     """Slim one block, in place.
 
     Args:
         block: `model_hooks.Block`, its weights resident. index: its original number, for messages.
         show: as named; called once for each wave of matrices.
-        workspace: bytes for moments at once; experts are taken in waves that fit.
+        workspace: bytes for moments of inputs and their factors at once; experts are taken in waves that fit.
 
     Returns:
         A report (tokens of each expert, what was under-covered, relative error by kind of matrix), and for each
-        parameter that was quantised, [.., rows, d_in], its scales [.., rows, d_in / group].
+        parameter that was quantised, [.., rows, d_in], its grid, [.., rows, d_in / group].
     """
     if not how.prunes and how.bits_of(index) == 16:
         return {"matrices": 0}, {}
@@ -125,20 +131,46 @@ def slim_block(
         sampling = Moments([], outer=False, sample_tokens=512)
         with sampling.watching(model, block.module, layer):
             show(sampling)
-        report["awq"] = smooth(block, layer, sampling.sample, how.bits_of(index), how.group)
-    scales: dict[str, Tensor] = {}
+        report["awq"] = smooth(block, layer, sampling.sample, how.codes_of(index))
+    grids: dict[str, Grid] = {}
     wrong: dict[str, list[float]] = {}
-    for wave in _waves(matrices, workspace if how.method in NEEDS_OUTER else float("inf"), everything):
+    for wave in _waves(matrices, _room(how, matrices, workspace), everything):
         moments = _collect(how, model, block, layer, wave, show)
         _cover(how, layer, wave, moments, index, report)
+        moments.finish()
         for matrix in wave:
-            scale, error = _slim_matrix(how, matrix, moments, layer, how.bits_of(index))
+            grid, error = _slim_matrix(how, matrix, moments, layer, how.codes_of(index))
             wrong.setdefault(matrix.name.rpartition(".")[2], []).append(error)
-            if scale is not None:
-                _keep(scales, block.module, matrix, scale)
+            if grid is not None:
+                _keep(grids, block.module, matrix, grid)
         del moments  # before the next wave's are made
     report["error"] = {kind: sum(errors) / len(errors) for kind, errors in wrong.items()}
-    return report, scales
+    return report, grids
+
+
+def least_workspace(how: Slimming, matrices: list[Matrix]) -> float:
+    """Bytes that the moments of one expert's inputs and their factors take."""
+    if how.method not in NEEDS_OUTER:
+        return 0.0
+    by_expert: dict[int | None, list[Matrix]] = {}
+    for matrix in matrices:
+        by_expert.setdefault(matrix.expert, []).append(matrix)
+    return _factors(how, matrices) + max(map(_moments_size, by_expert.values()), default=0.0)
+
+
+def _moments_size(matrices: list[Matrix]) -> float:
+    return sum({m.key: 4.0 * m.weight.shape[1] ** 2 for m in matrices}.values())
+
+
+def _factors(how: Slimming, matrices: list[Matrix]) -> float:
+    """Bytes of what is made of the widest moment while one matrix is slimmed."""
+    copies = {"gptq": 1, "sparsegpt": 2}[how.method]
+    return copies * max((4.0 * m.weight.shape[1] ** 2 for m in matrices), default=0.0)
+
+
+def _room(how: Slimming, matrices: list[Matrix], workspace: float) -> float:
+    """Bytes of `workspace` that are left for moments."""
+    return workspace - _factors(how, matrices) if how.method in NEEDS_OUTER else float("inf")
 
 
 def _waves(matrices: list[Matrix], workspace: float, everything: bool) -> list[list[Matrix]]:
@@ -150,7 +182,7 @@ def _waves(matrices: list[Matrix], workspace: float, everything: bool) -> list[l
         by_key.setdefault(matrix.expert, []).append(matrix)
     waves, used = ([first] if first else []), float("inf")
     for group in by_key.values():
-        needed = sum({m.key: 4.0 * m.weight.shape[1] ** 2 for m in group}.values())
+        needed = _moments_size(group)
         if used + needed > workspace or not waves or waves[-1] is first:
             waves.append([])
             used = 0.0
@@ -198,9 +230,9 @@ def _cover(
 
 
 def _slim_matrix(
-    how: Slimming, matrix: Matrix, moments: Moments, layer: MoeLayer | None, bits: int
-) -> tuple[Tensor | None, float]:
-    """Slim one matrix in place; its scales where it was quantised, and |change| / |weights|, of outputs where inputs
+    how: Slimming, matrix: Matrix, moments: Moments, layer: MoeLayer | None, codes: quantising.Codes
+) -> tuple[Grid | None, float]:
+    """Slim one matrix in place; its grid where it was quantised, and |change| / |weights|, of outputs where inputs
     are known."""
     before = matrix.weight.clone()
     moment = moments.found[matrix.key] if how.method in NEEDS_DATA else None
@@ -211,14 +243,14 @@ def _slim_matrix(
         and matrix.expert is not None
     ):
         moment = None
-    scale = None
+    grid = None
     if how.prunes:
         matrix.weight.copy_(_pruned(how, before, moment))
     else:
-        found = _quantised(how, matrix, moment, moments, layer, bits)
+        found = _quantised(how, matrix, moment, moments, layer, codes)
         matrix.weight.copy_(found.weight)
-        scale = found.scale
-    return scale, _error(before, matrix.weight, moment)
+        grid = found.grid
+    return grid, _error(before, matrix.weight, moment)
 
 
 def _pruned(how: Slimming, weight: Tensor, moment: Moment | None) -> Tensor:
@@ -227,22 +259,25 @@ def _pruned(how: Slimming, weight: Tensor, moment: Moment | None) -> Tensor:
         return pruning.magnitude(weight, how.sparsity, zeros, of)
     if how.method == "wanda":
         return pruning.wanda(weight, moment.square / max(moment.n, 1), how.sparsity, zeros, of)
-    return pruning.sparsegpt(weight, moment.hessian, how.sparsity, zeros, of, damping=how.damping)
+    assert moment.outer is not None
+    return pruning.sparsegpt(weight, moment.outer, how.sparsity, zeros, of, damping=how.damping)
 
 
 def _quantised(
-    how: Slimming, matrix: Matrix, moment: Moment | None, moments: Moments, layer: MoeLayer | None, bits: int
-) -> quantising.Quantised:
+    how: Slimming, matrix: Matrix, moment: Moment | None, moments: Moments, layer: MoeLayer | None,
+    codes: quantising.Codes,
+) -> quantising.Quantised:  # fmt: skip
     if how.method == "rtn" or moment is None:
-        return quantising.rtn(matrix.weight, bits, how.group)
+        return quantising.rtn(matrix.weight, codes)
     if how.method == "gptq":
-        return quantising.gptq(matrix.weight, moment.hessian, bits, how.group, damping=how.damping)
+        assert moment.outer is not None
+        return quantising.gptq(matrix.weight, moment.outer.clone(), codes, damping=how.damping)
     if matrix.expert is None or layer is None or not len(moments.sample):
-        return quantising.rtn(matrix.weight, bits, how.group)
+        return quantising.rtn(matrix.weight, codes)
     routed = (layer.router(moments.sample)[2] == matrix.expert).any(-1)
     sample = moments.sample[routed] if int(routed.sum()) >= 16 else moments.sample
     inputs = expert_inputs(layer, matrix.expert, sample)[matrix.source]
-    return quantising.clipped(matrix.weight, inputs, bits, how.group)
+    return quantising.clipped(matrix.weight, inputs, codes)
 
 
 def _error(before: Tensor, after: Tensor, moment: Moment | None) -> float:
@@ -255,13 +290,20 @@ def _error(before: Tensor, after: Tensor, moment: Moment | None) -> float:
     return float((change.square() * scale).sum() / (weight.square() * scale).sum().clamp_min(1e-30))
 
 
-def _keep(scales: dict[str, Tensor], block: Any, matrix: Matrix, scale: Tensor) -> None:
-    """Put a matrix's scales where they belong among those of its parameter."""
+def _keep(grids: dict[str, Grid], block: Any, matrix: Matrix, grid: Grid) -> None:
+    """Put a matrix's grid where it belongs among those of its parameter."""
     parameter = block.get_parameter(matrix.parameter)
     if matrix.expert is None:
-        scales[matrix.parameter] = scale
+        grids[matrix.parameter] = grid
         return
-    shape = (*parameter.shape[:-1], scale.shape[-1])
-    whole = scales.setdefault(matrix.parameter, torch.zeros(shape, dtype=scale.dtype, device=scale.device))
+    if matrix.parameter not in grids:
+        shape = (*parameter.shape[:-1], grid.scale.shape[-1])
+        grids[matrix.parameter] = Grid(
+            grid.scale.new_zeros(shape), None if grid.zero is None else grid.zero.new_zeros(shape)
+        )
+    whole = grids[matrix.parameter]
     first = parameter.shape[1] // 2 if matrix.name.endswith("up_proj") else 0
-    whole[matrix.expert, first : first + scale.shape[0]] = scale
+    rows = slice(first, first + grid.scale.shape[0])
+    whole.scale[matrix.expert, rows] = grid.scale
+    if whole.zero is not None and grid.zero is not None:
+        whole.zero[matrix.expert, rows] = grid.zero

@@ -31,7 +31,8 @@ from model_hooks.layerwise import NOT_COPIED
 from model_hooks.structure import Anatomy, Block
 from moe_compress import packing
 from moe_compress.moments import Moments, matrices_of
-from moe_compress.slimming import NEEDS_DATA, Show, Slimming, slim_block
+from moe_compress.quantising import Grid
+from moe_compress.slimming import NEEDS_DATA, Show, Slimming, least_workspace, slim_block
 
 MANIFEST, REPORT = "manifest.json", "slimming.json"
 FORMATS = ("compressed-tensors", "dense")
@@ -54,14 +55,14 @@ class Setup:
 def slim(
     source: str | Path, folder: str | Path, sequences: Tensor | None, how: Slimming, *,
     form: str = "compressed-tensors", attention_mask: Tensor | None = None, batch_size: int = 4,
-    workspace: float = 2e9, overwrite: bool = False, progress: Callable[[int, int], None] | None = None,
+    workspace: float = 4e9, overwrite: bool = False, progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Slim the experts of checkpoint `source` into `folder`; returns the report that is kept there as slimming.json.
 
     Args:
         sequences, attention_mask: calibration token ids and mask, [samples, T]; None for magnitude and rtn.
         form: of quantised weights: "compressed-tensors" (packed) or "dense" (the rounded weights as floats).
-        workspace: bytes that moments of inputs may take at once.
+        workspace: bytes that moments of inputs and their factors may take at once.
 
     Raises:
         RequestError: nothing was written: no mixture of experts, quantised already, an output that exists, groups that
@@ -73,7 +74,7 @@ def slim(
     stream = _checked(source, how, form, sequences)
     parts = stream.anatomy()
     mixtures = {layer.block: layer for layer in moe_layers(parts)}
-    _check_matrices(parts, mixtures, how)
+    _check_matrices(parts, mixtures, how, workspace)
     show: Show
     work = _Work(folder, Setup(_identity(stream), how, form, _digest(sequences, attention_mask)), parts)
     if how.method in NEEDS_DATA:
@@ -89,11 +90,11 @@ def slim(
         with _clean_up_on_refusal(work):
             if how.method in NEEDS_DATA and how.propagate == "dense":
                 walk.show(Moments([], outer=False, sample_tokens=0), carry=True)
-            report, scales = slim_block(
+            report, grids = slim_block(
                 how, stream.model, block, mixtures.get(block.index), parts.original_index[block.index], show,
                 workspace=workspace,
             )  # fmt: skip
-        work.write(stream, block, scales if form != "dense" else {}, report)
+        work.write(stream, block, grids if form != "dense" else {}, report)
         if progress:
             progress(block.index + 1, len(parts.blocks))
     return work.finish(stream, overwrite)
@@ -117,11 +118,16 @@ def _checked(source: str | Path, how: Slimming, form: str, sequences: Tensor | N
     return LayerStream(source)
 
 
-def _check_matrices(parts: Anatomy, mixtures: dict[int, MoeLayer], how: Slimming) -> None:
+def _check_matrices(parts: Anatomy, mixtures: dict[int, MoeLayer], how: Slimming, workspace: float) -> None:
     for block in parts.blocks:
         everything = how.scope == "block"
         found = matrices_of(block.module, mixtures.get(block.index), everything=everything, exclude=how.exclude)
         how.check(found)
+        if (least := least_workspace(how, found)) > workspace:
+            raise RequestError(
+                f"a workspace of {workspace / 1e9:.3g} GB is too small: the moments of one expert of {block.name} and "
+                f"their factors take {least / 1e9:.3g} GB; give --workspace {least / 1e9:.3g} or more"
+            )
         mine = [m for m in found if m.expert is not None]
         layer = mixtures.get(block.index)
         if layer is not None and not how.prunes and 0 < len(mine) < 3 * layer.num_experts:
@@ -178,17 +184,17 @@ class _Work:
     def done(self) -> int:
         return len(self.manifest["layers"])
 
-    def write(self, stream: LayerStream, block: Block, scales: dict[str, Tensor], report: dict[str, Any]) -> None:
+    def write(self, stream: LayerStream, block: Block, grids: dict[str, Grid], report: dict[str, Any]) -> None:
         """Write the files of one layer and enter them into the manifest; a layer that is made again replaces itself."""
         how, state = self.setup.how, block.module.state_dict()
-        bits = how.bits_of(self.parts.original_index[block.index])
+        codes = how.codes_of(self.parts.original_index[block.index])
         writer = _LayerFiles(self.room, block.index, sum(t.nbytes for t in state.values()) // 4)
         quantised = {}
         for parameter, key, rows, tensor in stream.stored_one_by_one(block.name):
-            if parameter in scales:
-                scale = scales[parameter].flatten(0, -2)[rows]
-                writer.add({f"{key}{s}": t for s, t in packing.packed(tensor, scale, bits, how.group).items()})
-                quantised[key.removesuffix(".weight")] = bits
+            if parameter in grids:
+                grid = grids[parameter].rows(rows)
+                writer.add({f"{key}{s}": t for s, t in packing.packed(tensor, grid, codes).items()})
+                quantised[key.removesuffix(".weight")] = codes.bits
             else:
                 writer.add({key: tensor.contiguous().clone()})
         digests = _digests(state)
@@ -219,7 +225,7 @@ class _Work:
                 if found.is_file() and not found.name.endswith(NOT_COPIED):
                     shutil.copy(found, part / found.name)
             if quantised:
-                _describe(part, quantised, self.setup.how.group)
+                _describe(part, quantised, self.setup.how)
             report = self._report(part, quantised)
             atomic_write(part / REPORT, json.dumps(report, indent=1) + "\n")
             _read_back(part, self.parts, layers)
@@ -278,7 +284,7 @@ def _index(part: Path, names: list[tuple[Path, list[str]]]) -> None:
     (part / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
-def _describe(part: Path, quantised: dict[str, int], group: int) -> None:
+def _describe(part: Path, quantised: dict[str, int], how: Slimming) -> None:
     """Say in config.json what is packed, and which matrices are not."""
     from safetensors import safe_open
 
@@ -290,7 +296,7 @@ def _describe(part: Path, quantised: dict[str, int], group: int) -> None:
                 if key.endswith(".weight") and len(opened.get_slice(key).get_shape()) == 2
             ]  # fmt: skip
     config = json.loads((part / "config.json").read_text())
-    config["quantization_config"] = packing.quantization_config(quantised, dense, group)
+    config["quantization_config"] = packing.quantization_config(quantised, dense, how.group, how.symmetric)
     (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

@@ -132,7 +132,7 @@ def _slimmed(cell: Cell, source: str, folder: Path) -> None:
     how = Slimming(cell["slim"], **{name: cell[name] for name in names if name in cell})
     slim_to_folder(
         source, folder, how, cell["calibration"], samples=cell["samples"], length=cell["length"], batch_size=4,
-        form="compressed-tensors", workspace=2e9,
+        form="compressed-tensors", workspace=4e9,
     )  # fmt: skip
 
 

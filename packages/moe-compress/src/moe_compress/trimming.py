@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model_hooks import anatomy, drop
+from model_hooks import Anatomy, anatomy, drop
 from model_hooks.errors import RequestError
-from model_hooks.expert_surgery import drop_experts
+from model_hooks.expert_surgery import check_keep, drop_experts
 from model_hooks.experts import ExpertCall, MoeLayer, moe_layers, routed_output, watching_experts
 from model_hooks.watch import ResidualWatcher, watch
 from moe_compress.selection import Plan
@@ -36,11 +36,25 @@ def apply(model: Any, plan: Plan) -> Any:
         raise RequestError(f"block {dense[0]} has no experts, so it has no MoE layer to drop")
     if len(set(plan.blocks)) >= len(parts.blocks):
         raise RequestError(f"cannot drop {len(plan.blocks)} of {len(parts.blocks)} blocks")
-    if keep:
+    if keep and plan.preserve_gate:
+        _zero_experts(parts, keep)
+    elif keep:
         drop_experts(model, keep, parts)
     if going:
         drop(model, attention=plan.blocks, mlp=going - set(parts.dropped_mlp))
     return model
+
+
+@torch.no_grad()
+def _zero_experts(parts: Anatomy, keep: Mapping[int, tuple[int, ...]]) -> None:
+    """Make zeros of the experts that are not in `keep`: what a token chooses of them adds nothing."""
+    layers = {layer.block: layer for layer in moe_layers(parts)}
+    for block, experts in keep.items():
+        check_keep(layers[block], experts)
+    for block, experts in keep.items():
+        gone = [e for e in range(layers[block].num_experts) if e not in experts]
+        for weight in layers[block].bank.parameters():
+            weight[gone] = 0
 
 
 def is_stock(model: Any) -> bool:

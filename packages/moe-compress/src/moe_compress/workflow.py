@@ -78,7 +78,7 @@ def choose(scores: Any, request: Mapping[str, Any]) -> Plan:
     if len(what) != 1:
         raise RequestError(f"give one of --experts, --layers, --blocks or --plan, got {what or 'none'}")
     if what == ["experts"]:
-        keys = ("scope", "metric", "reverse", "allow_lower_topk")
+        keys = ("scope", "metric", "reverse", "allow_lower_topk", "allow_empty", "preserve_gate")
         return select_experts(scores, request["experts"], **{k: request[k] for k in keys if k in request})
     if what == ["layers"]:
         return select_layers(scores, request["layers"])
@@ -109,6 +109,8 @@ def trim_to_folder(
     if plan.fingerprint and fingerprint(model) != plan.fingerprint:
         raise RequestError(f"the plan was made for {plan.model} ({plan.fingerprint}), not for {name}: score this model")
     before = {**size(model), **loss(model, tokenizer, measure)}
+    if repair is not None and plan.preserve_gate:
+        raise RequestError("--preserve-gate leaves routers as they are, and --repair-router trains them; give one")
     sample = None if repair is None else sample_outputs(model, repair, 512)
     apply(model, plan)
     if layout == "stock" and not is_stock(model):
@@ -125,8 +127,10 @@ def trim_to_folder(
     source = Path(resolve(name))
     save(model, folder, tokenizer, card=card, overwrite=overwrite, source=source if source.is_dir() else None)
     report = {
-        "model": name, "how": plan.how, "drops": plan.describe(), "plan": {"keep": {str(b): list(k) for b, k in
-        plan.keep.items()}, "layers": list(plan.layers), "blocks": list(plan.blocks)}, "stock": is_stock(model),
+        "model": name, "how": plan.how, "drops": plan.describe(), "plan": {
+            "keep": {str(b): list(k) for b, k in plan.keep.items()}, "layers": list(plan.layers),
+            "blocks": list(plan.blocks), "preserve_gate": plan.preserve_gate,
+        }, "stock": is_stock(model),
         "experts": {str(b): n for b, n in expert_counts(model).items()}, "before": before, "after": after,
         "bytes": sum(f.stat().st_size for f in folder.glob("*.safetensors")),
         "routers": {str(b): errors for b, errors in routers.items()}, "versions": versions(),
@@ -135,6 +139,9 @@ def trim_to_folder(
         report["calibration"] = {
             "data": scores.data, "samples": scores.samples, "tokens": scores.tokens,
             "tokens_of_experts": {str(b): e.count for b, e in scores.experts.items()},
+            "routing_scores": {str(b): e.importance("gate", scores.tokens) for b, e in scores.experts.items()},
+            "similarity_of_moe_layers": {str(b): value for b, value in scores.mlp.items()},
+            "similarity_of_blocks": {str(b): value for b, value in scores.block.items()},
         }  # fmt: skip
     atomic_write(folder / TRIM_REPORT, json.dumps(report, indent=1) + "\n")
     return report
@@ -153,19 +160,28 @@ def loss(model: Any, tokenizer: Any, source: str, documents: int = 8, characters
 
 def slim_to_folder(
     name: str, folder: Path, how: Any, data: str, *, samples: int, length: int, batch_size: int, form: str,
-    workspace: float, overwrite: bool = False,
+    workspace: float, measure: str = "", overwrite: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Slim a checkpoint by name; returns its report."""
+    """Slim a checkpoint by name; returns its report. With `measure`, a text, also what it loses there: that loads the
+    whole model."""
+    from model_hooks.files import atomic_write, refuse_existing
+    from moe_compress.packing import load
     from moe_compress.slimming import NEEDS_DATA
-    from moe_compress.streaming import slim
+    from moe_compress.streaming import REPORT, slim
     from paper_tables import progress
 
+    refuse_existing(folder, overwrite)
+    before = loss(*load(name), measure) if measure else {}
     sequences = sequences_for(name, data, samples, length) if how.method in NEEDS_DATA else None
     with progress("layers slimmed") as bar:
-        return slim(
+        report = slim(
             name, folder, sequences, how, form=form, batch_size=batch_size, workspace=workspace, overwrite=overwrite,
             progress=bar,
         )  # fmt: skip
+    if measure:
+        report |= {"before": before, "after": loss(*load(str(folder)), measure)}
+        atomic_write(folder / REPORT, json.dumps(report, indent=1) + "\n")
+    return report
 
 
 def slim_summary(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,7 +193,11 @@ def slim_summary(report: Mapping[str, Any]) -> dict[str, Any]:
          "under_covered": len(layer.get("under_covered", {}))}
         for block, layer in layers.items() if layer["matrices"]
     ]  # fmt: skip
-    return {"bytes": report["bytes"], "quantised": len(report["quantised"]), "layers": rows}
+    measured = [
+        {"": key, "before": report["before"][key], "after": report["after"][key]} for key in report.get("before", ())
+    ]
+    found = {"bytes": report["bytes"], "quantised": len(report["quantised"]), "layers": rows}
+    return found | ({"measured": measured} if measured else {})
 
 
 def evaluate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +10,7 @@ import typer
 
 from model_hooks import RequestError
 from model_hooks.files import refuse_existing
+from paper_tables import record_options as option
 from paper_tables.cli import add_reproduce
 from paper_tables.frame import keep, make_app
 from realign.options import service_options
@@ -18,16 +20,6 @@ app = make_app(
     "realign", help="Rewrite the answers of instruction data into the form that their kind of task asks for."
 )
 
-DATA = typer.Argument(metavar="DATA", help="Records: .json, .jsonl(.gz, .zst), .parquet, a datasets folder, a hub "
-                      "name, or zoo:pairs.")  # fmt: skip
-Data = Annotated[str, DATA]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Where the result goes; the suffix says the format.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
-Schema = Annotated[str, typer.Option(help="auto, alpaca, sharegpt, messages, items or instances.")]
-OnBad = Annotated[str, typer.Option(help="fail at the first bad record, or skip and write them to --rejects.")]
-Rejects = Annotated[Path, typer.Option(help="Where skipped records go, with the reason.")]
-Errors = Annotated[str, typer.Option(help="strict, or replace bytes that are no UTF-8.")]
-Reid = Annotated[bool, typer.Option("--reid", help="Give every record its position as id.")]
 Limit = Annotated[int, typer.Option(min=0, help="Only the first so many records; 0: all.")]
 TaxonomyFile = Annotated[str, typer.Option("--taxonomy", help="Your own tasks and formats (YAML).")]
 ClassifierName = Annotated[
@@ -38,12 +30,12 @@ Retriever = Annotated[str, typer.Option(help="none, serper, or the file of a cor
 Tokenizer = Annotated[str, typer.Option(help="Whose tokens lengths are compared in; empty: words and signs.")]
 Filters = Annotated[str, typer.Option(help="A preset (open-platypus, alpaca, no-robots, gsm8k, math, careful, none) or "
                                       "filters.")]  # fmt: skip
-Bare = Annotated[bool, typer.Option("--bare", help="Write no side columns.")]
-REJECTS = Path("rejects.jsonl")
+NMode = Annotated[str, typer.Option(help="client (a request for each candidate) or server (one, with n).")]
+Turns = Annotated[str, typer.Option(help="Of conversations: last, all, or none.")]
 
 
 def _read(
-    data: str, schema: str = "auto", on_bad_record: str = "fail", rejects: Path = REJECTS,
+    data: str, schema: str = "auto", on_bad_record: str = "fail", rejects: Path = option.REJECTS,
     encoding_errors: str = "strict", reid: bool = False, limit: int = 0,
 ) -> Any:  # fmt: skip
     from instruct_data.records import read
@@ -63,10 +55,10 @@ def _taxonomy(path: str) -> Any:
 @app.command()
 @service_options
 def run(
-    data: Data,
+    data: option.Data,
     service: Any,
     model: Model = "gpt-3.5-turbo-1106",
-    output: Output = Path("realigned.jsonl"),
+    output: option.Output = Path("realigned.jsonl"),
     filters: Filters = "careful",
     classifier: ClassifierName = "local",
     retriever: Retriever = "none",
@@ -79,18 +71,19 @@ def run(
         str, typer.Option(help="filter-then-longest, longest (the paper's) or first.")
     ] = "filter-then-longest",
     adaptive: Annotated[bool, typer.Option(help="Let the model judge first whether the format suits.")] = True,
-    turns: Annotated[str, typer.Option(help="Of conversations: last, or none.")] = "last",
+    turns: Turns = "last",
+    n_mode: NMode = "client",
     tokenizer: Tokenizer = "",
-    shard: Annotated[str, typer.Option(help="PART/OF: do this part alone, for `merge`.")] = "",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Estimate tokens and price; send nothing.")] = False,
-    bare: Bare = False,
+    shard: option.Shard = "",
+    dry_run: option.DryRun = False,
+    bare: option.Bare = False,
     limit: Limit = 0,
-    schema: Schema = "auto",
-    on_bad_record: OnBad = "fail",
-    rejects: Rejects = REJECTS,
-    encoding_errors: Errors = "strict",
-    reid: Reid = False,
-    overwrite: Overwrite = False,
+    schema: option.Schema = "auto",
+    on_bad_record: option.OnBad = "fail",
+    rejects: option.Rejects = option.REJECTS,
+    encoding_errors: option.Errors = "strict",
+    reid: option.Reid = False,
+    overwrite: option.Overwrite = False,
 ) -> dict[str, Any]:
     """Classify, support by evidence, rewrite and filter: the paper's pipeline. The same command again goes on."""
     from instruct_data.llm.shards import parse_shard
@@ -102,27 +95,29 @@ def run(
     refuse_existing(output, overwrite)
     recipe = Recipe(model, temperature, top_p, answer_tokens, candidates, select, chosen(filters), adaptive, turns)
     tasks = _taxonomy(taxonomy)
+    models = replace(service(output), n_mode=n_mode)
     records = _read(data, schema, on_bad_record, rejects, encoding_errors, reid, limit)
     if dry_run:
-        return workflow.dry_run(records, recipe, service(output), tasks, classifier, part)
+        return workflow.dry_run(records, recipe, models, tasks, classifier, part)
     records.count()  # a bad record shows before anything is sent
-    return workflow.rewrite_records(
-        records, output, recipe, service(output), tasks, classifier=classifier, retriever=retriever,
-        tokenizer=tokenizer, shard=part, bare=bare, overwrite=overwrite,
-    )  # fmt: skip
+    with option.naming(output):
+        return workflow.rewrite_records(
+            records, output, recipe, models, tasks, classifier=classifier, retriever=retriever, tokenizer=tokenizer,
+            shard=part, bare=bare, overwrite=overwrite,
+        )  # fmt: skip
 
 
 @app.command()
 @service_options
 def classify(
-    data: Data,
+    data: option.Data,
     service: Any,
-    output: Output = Path("classified.jsonl"),
+    output: option.Output = Path("classified.jsonl"),
     classifier: ClassifierName = "local",
     model: Model = "",
     taxonomy: TaxonomyFile = "",
-    schema: Schema = "auto",
-    overwrite: Overwrite = False,
+    schema: option.Schema = "auto",
+    overwrite: option.Overwrite = False,
 ) -> dict[str, Any]:
     """Add the kind of task of every record."""
     from realign import workflow
@@ -139,11 +134,11 @@ def classify_train(
     data: Annotated[
         str, typer.Argument(help="JSON lines or an array of `instruction` and `category`; empty: ours.")
     ] = "",
-    output: Output = Path("classifier.npz"),
+    output: option.Output = Path("classifier.npz"),
     taxonomy: TaxonomyFile = "",
     heldout: Annotated[float, typer.Option(min=0, max=0.9, help="Share kept for measuring.")] = 0.1,
     seed: int = 0,
-    overwrite: Overwrite = False,
+    overwrite: option.Overwrite = False,
 ) -> dict[str, Any]:
     """Train a task classifier in seconds, on labelled instructions of your own."""
     from realign.labels import train_classifier
@@ -155,14 +150,14 @@ def classify_train(
 @app.command()
 @service_options
 def retrieve(
-    data: Data,
+    data: option.Data,
     service: Any,
     retriever: Retriever = "none",
-    output: Output = Path("supported.jsonl"),
+    output: option.Output = Path("supported.jsonl"),
     classifier: ClassifierName = "local",
     taxonomy: TaxonomyFile = "",
-    schema: Schema = "auto",
-    overwrite: Overwrite = False,
+    schema: option.Schema = "auto",
+    overwrite: option.Overwrite = False,
 ) -> dict[str, Any]:
     """Add evidence to the records whose task asks for it."""
     from realign import workflow
@@ -177,37 +172,40 @@ def retrieve(
 @app.command()
 @service_options
 def rewrite(
-    data: Data,
+    data: option.Data,
     service: Any,
     model: Model = "gpt-3.5-turbo-1106",
-    output: Output = Path("rewritten.jsonl"),
+    output: option.Output = Path("rewritten.jsonl"),
     taxonomy: TaxonomyFile = "",
     candidates: Annotated[int, typer.Option("--candidates", "-n", min=1, help="Replies for each record.")] = 2,
     adaptive: Annotated[bool, typer.Option(help="Let the model judge first whether the format suits.")] = True,
+    turns: Turns = "last",
+    n_mode: NMode = "client",
     tokenizer: Tokenizer = "",
-    schema: Schema = "auto",
-    overwrite: Overwrite = False,
+    schema: option.Schema = "auto",
+    overwrite: option.Overwrite = False,
 ) -> dict[str, Any]:
     """The middle of `run` alone: the longest reply is taken as it is, with the evidence that the records bring."""
     from realign import workflow
     from realign.rewriting import Recipe
 
     refuse_existing(output, overwrite)
-    recipe = Recipe(model, candidates=candidates, select="longest", adaptive=adaptive)
-    records = _read(data, schema)
-    return workflow.rewrite_records(
-        records, output, recipe, service(output), _taxonomy(taxonomy), tokenizer=tokenizer, overwrite=overwrite
-    )  # fmt: skip
+    recipe = Recipe(model, candidates=candidates, select="longest", adaptive=adaptive, turns=turns)
+    records, models = _read(data, schema), replace(service(output), n_mode=n_mode)
+    with option.naming(output):
+        return workflow.rewrite_records(
+            records, output, recipe, models, _taxonomy(taxonomy), tokenizer=tokenizer, overwrite=overwrite
+        )
 
 
 @app.command("filter")
 def filter_(
-    data: Data,
-    output: Output = Path("filtered.jsonl"),
+    data: option.Data,
+    output: option.Output = Path("filtered.jsonl"),
     filters: Filters = "careful",
     tokenizer: Tokenizer = "",
-    schema: Schema = "auto",
-    overwrite: Overwrite = False,
+    schema: option.Schema = "auto",
+    overwrite: option.Overwrite = False,
 ) -> dict[str, Any]:
     """Put back the original of every rewritten answer that a filter refuses."""
     from realign import workflow
@@ -219,12 +217,12 @@ def filter_(
 
 @app.command()
 def merge(
-    data: Data,
+    data: option.Data,
     parts: Annotated[list[Path], typer.Argument(metavar="PART...", help="What `run --shard` wrote, all of it.")],
-    output: Output = Path("realigned.jsonl"),
-    bare: Bare = False,
-    schema: Schema = "auto",
-    overwrite: Overwrite = False,
+    output: option.Output = Path("realigned.jsonl"),
+    bare: option.Bare = False,
+    schema: option.Schema = "auto",
+    overwrite: option.Overwrite = False,
 ) -> dict[str, Any]:
     """Join the parts of a sharded run; missing and foreign ones are refused."""
     from realign import workflow
@@ -238,10 +236,10 @@ def merge(
 
 @app.command()
 def stats(
-    data: Data,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the result as JSON.")] = None,
-    schema: Schema = "auto",
-    overwrite: Overwrite = False,
+    data: option.Data,
+    output: option.Figures = None,
+    schema: option.Schema = "auto",
+    overwrite: option.Overwrite = False,
 ) -> dict[str, Any]:
     """What became of the records, by reason and by task."""
     from realign import showing
@@ -253,27 +251,28 @@ def stats(
 
 @app.command()
 def view(
-    data: Data,
+    data: option.Data,
     output: Annotated[Path, typer.Option("--output", "-o", help="The page.")] = Path("realigned.html"),
-    schema: Schema = "auto",
-    overwrite: Overwrite = False,
+    schema: option.Schema = "auto",
+    overwrite: option.Overwrite = False,
 ) -> dict[str, Any]:
     """Write one HTML page of the answers before and after, with filters by task, status and reject reason."""
     from realign import showing
 
     refuse_existing(output, overwrite)
-    return showing.view(_read(data, schema), output)
+    with option.naming(output):
+        return showing.view(_read(data, schema), output)
 
 
 @app.command()
 def export(
-    data: Data,
+    data: option.Data,
     form: Annotated[
         str, typer.Option(help="sft (messages) or preference (chosen: rewritten, rejected: original).")
     ] = "sft",
-    output: Output = Path("export.jsonl"),
-    schema: Schema = "auto",
-    overwrite: Overwrite = False,
+    output: option.Output = Path("export.jsonl"),
+    schema: option.Schema = "auto",
+    overwrite: option.Overwrite = False,
 ) -> dict[str, Any]:
     """Write records as trainers read them."""
     from realign import showing
@@ -293,11 +292,11 @@ def evaluate(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     limit: Limit = 0,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the result as JSON.")] = None,
-    schema: Schema = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")] = "auto",
-    device_map: Annotated[str, typer.Option(help="auto spreads the model over all GPUs.")] = "",
-    overwrite: Overwrite = False,
+    output: option.Figures = None,
+    schema: option.Schema = "auto",
+    dtype: option.Dtype = "auto",
+    device_map: option.DeviceMap = "",
+    overwrite: option.Overwrite = False,
 ) -> dict[str, Any]:
     """Exact match of the final number on held-out problems."""
     from model_hooks.loading import load_placed
@@ -316,18 +315,26 @@ def bench(
     latency: Annotated[float, typer.Option(min=0.01, help="Seconds that the server takes for a reply.")] = 0.2,
     in_flight: Annotated[str, typer.Option(help="Requests in flight, separated by commas.")] = "8,32,128,256",
     rounds: Annotated[int, typer.Option(min=1, help="Replies of each, in multiples of that.")] = 10,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the result as JSON.")] = None,
-    overwrite: Overwrite = False,
+    records: Annotated[
+        str, typer.Option(help="Also the memory of the pipeline over so many records, such as 1000,200000 (minutes).")
+    ] = "",
+    output: option.Figures = None,
+    overwrite: option.Overwrite = False,
 ) -> dict[str, Any]:
     """The client beside one request at a time, on a server of this machine with a fixed latency."""
     from realign import bench as benchmark
 
     if output is not None:
         refuse_existing(output, overwrite)
-    levels = [int(part) for part in in_flight.split(",") if part.strip().isdigit()]
-    if not levels or 0 in levels:
-        raise RequestError(f"in-flight {in_flight!r}: give numbers above 0, such as 8,32")
-    return keep(benchmark.run(latency, levels, rounds), output)
+    levels, counts = _numbers("in-flight", in_flight), _numbers("records", records) if records else []
+    return keep(benchmark.run(latency, levels, rounds, counts), output)
+
+
+def _numbers(name: str, text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() and int(part) for part in parts):
+        raise RequestError(f"{name} {text!r}: give numbers above 0, such as 8,32")
+    return [int(part) for part in parts]
 
 
 def _paper() -> Any:

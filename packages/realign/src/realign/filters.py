@@ -173,7 +173,8 @@ def result_of(text: str) -> str | None:
 
 
 def facts_of(text: str) -> set[str]:
-    """Links, numbers, and capitalised words that do not begin a sentence."""
+    """Links, numbers but for those of a list's items, and capitalised words that do not begin a sentence."""
+    text = re.sub(r"^\s*\d+[.)](?=[ \t]+\S)", "", text, flags=re.MULTILINE)
     links = set(re.findall(r"https?://[^\s)>\]]+", text))
     numbers = {n.replace(",", "").rstrip(".") for n in re.findall(r"\d[\d,.]*", text)}
     names = set(re.findall(r"(?<=[a-z,;] )[A-Z][\w-]+", text))

@@ -8,9 +8,9 @@ from paper_tables.endpoint import endpoint_options
 
 
 def _service(**settings: Any) -> Any:
-    from instruct_data.llm.service import Service
+    from realign.service import CandidateService
 
-    return Service(method="realign", **settings)
+    return CandidateService(method="realign", **settings)
 
 
 service_options = endpoint_options(_service)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, TypeVar, cast
 
 from instruct_data import Example, Record
 from instruct_data.llm import Client, Request, ask_parsed
@@ -20,6 +20,7 @@ from .prompts import REVISION, REVISION_LENIENT, VERSION, rewriting
 from .retrieval import Evidence, Retriever, evidence_for
 from .taxonomy import Task, Taxonomy
 
+Result = TypeVar("Result")
 ORIGINAL = "realign_original"  # the column of the answer as it was
 SELECT = ("filter-then-longest", "longest", "first")
 
@@ -42,10 +43,16 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.select not in SELECT:
             raise RequestError(f"select {self.select!r}; choose {', '.join(SELECT)}")
-        if self.turns not in ("last", "none"):
-            raise RequestError(f"turns {self.turns!r}; give last or none (conversations stay as they are)")
+        if self.turns not in ("last", "all", "none"):
+            raise RequestError(f"turns {self.turns!r}; give last, all, or none (conversations stay as they are)")
         if self.candidates < 1 or self.max_tokens < 1:
             raise RequestError("candidates and max_tokens must be at least 1")
+
+    def examples_of(self, record: Record) -> Sequence[Example]:
+        """The answers of a record that may be rewritten."""
+        if self.turns == "all":
+            return record.examples
+        return record.examples[-1:] if self.turns == "last" or len(record.examples) == 1 else ()
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -58,7 +65,8 @@ class Outcome:
 
     status: rewrite or original. text: the new answer, None for an original. reason: why an original stays, "" for a
     rewrite: not_rewritten (its task never is), unsuitable (the model says that the format does not suit), unchanged,
-    failed, truncated, parse_failed, rejected (reject_reason is what the filters said), conversation or empty.
+    failed, truncated, parse_failed, rejected (reject_reason is what the filters said), conversation or empty. turns:
+    where all turns are rewritten, the outcome of each answer of a conversation (see `realign.turns`).
     """
 
     status: str
@@ -74,10 +82,11 @@ class Outcome:
     cost: float | None = None
     request_key: str | None = None
     evidence: list[str] = field(default_factory=list)
+    turns: list[dict[str, Any]] | None = None
 
     def columns(self) -> dict[str, Any]:
         """The side columns of the record."""
-        made = {f"realign_{name}": value for name, value in asdict(self).items() if name != "text"}
+        made = {f"realign_{name}": value for name, value in asdict(self).items() if name not in ("text", "turns")}
         return made | {"realign_evidence": self.evidence or None}
 
 
@@ -94,20 +103,25 @@ class Rewriter:
     tokens: Callable[[str], int] = count_words
 
     async def __call__(self, record: Record) -> tuple[Record, Outcome]:
-        example = record.examples[-1]
+        if self.recipe.turns != "all":
+            return record, await self._answer(record, record.examples[-1])
+        # each turn with the earlier ones as they were, so that all can be asked for at once
+        return record, joined(await together(self._answer(record, example) for example in record.examples))
+
+    async def _answer(self, record: Record, example: Example) -> Outcome:
         question = question_of(example)
         category, score = given_category(record.data, self.taxonomy), None
-        if category is None:
+        if category is None or example is not record.examples[-1]:
             category, score = await self.classifier(question)
         task = self.taxonomy[category]
         if not task.rewrite:
-            return record, Outcome("original", category, score, reason="not_rewritten")
+            return Outcome("original", category, score, reason="not_rewritten")
         if not example.response.strip():
-            return record, Outcome("original", category, score, reason="empty")
+            return Outcome("original", category, score, reason="empty")
         if len(record.examples) > 1 and self.recipe.turns == "none":
-            return record, Outcome("original", category, score, reason="conversation")
+            return Outcome("original", category, score, reason="conversation")
         evidence = await self._evidence(record, task, question)
-        return record, await self._rewrite(example, question, task, score, evidence)
+        return await self._rewrite(example, question, task, score, evidence)
 
     async def _evidence(self, record: Record, task: Task, question: str) -> list[Evidence]:
         given = given_evidence(record.data)
@@ -129,13 +143,7 @@ class Rewriter:
             "rewrite", recipe.model, messages, recipe.sampling, REVISION.schema if structured else None, VERSION
         )
         form = REVISION if structured else REVISION_LENIENT
-        asked = [ask_parsed(self.client.ask, r, form.parse) for r in base.candidates(recipe.candidates)]
-        # all are waited for, also where one of them ends the run: what is in flight is paid for
-        found = await asyncio.gather(*asked, return_exceptions=True)
-        for result in found:
-            if isinstance(result, BaseException):
-                raise result
-        parsed = [result for result in found if isinstance(result, Parsed)]
+        parsed = await together(ask_parsed(self.client.ask, r, form.parse) for r in base.candidates(recipe.candidates))
         return self._choose(parsed, example.response, question, task, score, evidence)
 
     def _choose(
@@ -172,6 +180,27 @@ class Rewriter:
         if refused[best] is not None:
             return Outcome("original", reason="rejected", reject_reason=refused[best], **told)
         return Outcome("rewrite", text=text, **told)
+
+
+async def together(asked: Iterable[Awaitable[Result]]) -> list[Result]:
+    """All results, in order. All are waited for, also where one of them ends the run: what is in flight is paid for."""
+    found = await asyncio.gather(*asked, return_exceptions=True)
+    for result in found:
+        if isinstance(result, BaseException):
+            raise result
+    return cast("list[Result]", found)
+
+
+def joined(each: Sequence[Outcome]) -> Outcome:
+    """The outcome of a conversation: that of its last answer, but `rewrite` if any was, and with what all took."""
+    last, costs = each[-1], [one.cost for one in each if one.request_key is not None]
+    rewritten = any(one.status == "rewrite" for one in each)
+    return replace(
+        last, status="rewrite" if rewritten else "original", reason="" if rewritten else last.reason,
+        tokens_in=sum(one.tokens_in for one in each), tokens_out=sum(one.tokens_out for one in each),
+        cost=None if not costs or None in costs else sum(cost for cost in costs if cost is not None),
+        turns=[asdict(one) for one in each] if len(each) > 1 else [],
+    )  # fmt: skip
 
 
 def given_category(data: Mapping[str, Any], taxonomy: Taxonomy) -> str | None:

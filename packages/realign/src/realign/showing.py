@@ -14,34 +14,34 @@ from instruct_data.schemas import question_of
 from instruct_data.texts import count_words
 from model_hooks.errors import RequestError
 
-from .rewriting import ORIGINAL
+from .turns import TURNS, answers_of
 
 EXPORTS = ("sft", "preference")
 
 
 def stats(records: Records) -> dict[str, Any]:
-    """What became of the records, by reason and by task, and how lengths changed."""
+    """What became of the answers, by reason and by task, and how lengths changed."""
     why: Counter[str] = Counter()
     tasks: dict[str, Counter[str]] = {}
-    ratios, used = [], Counter[str]()
+    ratios, used = [], Counter[str](records=0)
     for record in _rewritten(records):
-        data = record.data
-        status, reason = data["realign_status"], data.get("realign_reason") or ""
-        rejected = data.get("realign_reject_reason")
-        why[f"{reason} ({rejected.partition(':')[0]})" if rejected else reason or status] += 1
-        tasks.setdefault(data.get("realign_category") or "none", Counter())[status] += 1
-        used["prompt_tokens"] += data.get("realign_tokens_in") or 0
-        used["completion_tokens"] += data.get("realign_tokens_out") or 0
-        if data.get(ORIGINAL):
-            ratios.append(count_words(record.examples[-1].response) / max(1, count_words(data[ORIGINAL])))
+        used["records"] += 1
+        used["prompt_tokens"] += record.data.get("realign_tokens_in") or 0
+        used["completion_tokens"] += record.data.get("realign_tokens_out") or 0
+        for answer in answers_of(record):
+            rejected, reason = answer.reject_reason, answer.reason or ""
+            why[f"{reason} ({rejected.partition(':')[0]})" if rejected else reason or answer.status] += 1
+            tasks.setdefault(answer.category or "none", Counter())[answer.status] += 1
+            if answer.original:
+                ratios.append(count_words(answer.example.response) / max(1, count_words(answer.original)))
     rows = [
-        {"task": name, "records": c.total(), "rewritten": c["rewrite"], "share": c["rewrite"] / c.total()}
+        {"task": name, "answers": c.total(), "rewritten": c["rewrite"], "share": c["rewrite"] / c.total()}
         for name, c in sorted(tasks.items(), key=lambda item: -item[1].total())
     ]
-    said: dict[str, Any] = {"records": sum(why.values()), "rewritten": len(ratios), **used}
+    said: dict[str, Any] = {**used, "answers": why.total(), "rewritten": len(ratios)}
     if ratios:
         said |= {"length_ratio_median": median(ratios), "length_ratio_mean": mean(ratios)}
-    return said | {"outcomes": [{"outcome": k, "records": n} for k, n in why.most_common()], "tasks": rows}
+    return said | {"outcomes": [{"outcome": k, "answers": n} for k, n in why.most_common()], "tasks": rows}
 
 
 def _rewritten(records: Records) -> Iterator[Record]:
@@ -59,40 +59,43 @@ def view(records: Records, page: Path) -> dict[str, Any]:
 
     def rows() -> Iterator[dict[str, Any]]:
         for record in _rewritten(records):
-            data, answer = record.data, record.examples[-1].response
-            rejected = data.get("realign_reject_reason")
-            yield {
-                "id": record.id, "instruction": question_of(record.examples[-1]),
-                "before": answer if data.get(ORIGINAL) is None else data[ORIGINAL], "after": answer,
-                "status": data["realign_status"], "task": data.get("realign_category"),
-                "reason": data.get("realign_reason") or None,
-                "rejected by": rejected.partition(":")[0] if rejected else None, "reject reason": rejected,
-                "evidence": "\n\n".join(data.get("realign_evidence") or ()) or None,
-                "tokens out": data.get("realign_tokens_out"),
-            }  # fmt: skip
+            for answer in answers_of(record):
+                after, rejected = answer.example.response, answer.reject_reason
+                several = bool(record.data.get(TURNS))
+                yield {
+                    "id": f"{record.id}, answer {answer.at + 1}" if several else record.id,
+                    "instruction": question_of(answer.example),
+                    "before": after if answer.original is None else answer.original, "after": after,
+                    "status": answer.status, "task": answer.category, "reason": answer.reason or None,
+                    "rejected by": rejected.partition(":")[0] if rejected else None, "reject reason": rejected,
+                    "evidence": "\n\n".join(record.data.get("realign_evidence") or ()) or None,
+                    "tokens out": record.data.get("realign_tokens_out"),
+                }  # fmt: skip
 
     told = stats(records)
-    summary = {"data": records.name, "records": told["records"], "rewritten": told["rewritten"]}
+    summary = {"data": records.name} | {name: told[name] for name in ("records", "answers", "rewritten")}
     title = f"Answers of {Path(records.name).name}, before and after"
-    write_page(rows(), page, title=title, score=None, text=("instruction", "before", "after", "evidence"),
+    write_page(rows(), page, title=title, score=None, text=("instruction", "evidence", "before", "after"),
                summary=summary, facts=True)  # fmt: skip
     return {"page": page, **summary}
 
 
 def export(records: Records, output: Path, form: str, overwrite: bool) -> dict[str, Any]:
     """sft: `messages` of every record. preference: `prompt`, `chosen` (the rewritten answer) and `rejected` (the
-    original), of the rewritten records alone, as TRL's DPOTrainer reads them."""
+    original), of the rewritten answers alone, as TRL's DPOTrainer reads them."""
     if form not in EXPORTS:
         raise RequestError(f"form {form!r}; choose {' or '.join(EXPORTS)}")
 
     def rows() -> Iterator[dict[str, Any]]:
         for record in _rewritten(records):
-            example = record.examples[-1]
-            prompt, original = prompt_messages(example), record.data.get(ORIGINAL)
             if form == "sft":
-                answer = [{"role": "assistant", "content": example.response}]
-                yield {"id": record.id, "messages": prompt + answer}
-            elif original is not None:
-                yield preference(record.id, prompt, example.response, original)
+                last = record.examples[-1]
+                answer = [{"role": "assistant", "content": last.response}]
+                yield {"id": record.id, "messages": prompt_messages(last) + answer}
+                continue
+            for one in answers_of(record):
+                if one.original is not None:
+                    prompt = prompt_messages(one.example)
+                    yield preference(record.id, prompt, one.example.response, one.original)
 
     return {"output": output, "records": write(output, rows(), overwrite=overwrite)}

@@ -8,11 +8,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from instruct_data import Journal, Record, Records, write
-from instruct_data.editing import edited
 from instruct_data.json_stream import dump
 from instruct_data.llm import Client, Endpoint, Ledger, Request, read_key, stream
 from instruct_data.llm.cost import Usage, estimate
@@ -29,8 +29,9 @@ from .filters import Change, refuse
 from .linear import SHIPPED, LinearClassifier
 from .prompts import REVISION, VERSION, probe, rewriting
 from .retrieval import Corpus, Retriever, Serper, evidence_for
-from .rewriting import ORIGINAL, Outcome, Recipe, Rewriter, given_category
+from .rewriting import Outcome, Recipe, Rewriter, given_category
 from .taxonomy import Taxonomy
+from .turns import Answer, answers_of, apply, put_back, types
 
 
 def classifier_of(name: str, taxonomy: Taxonomy) -> Classifier | None:
@@ -101,7 +102,8 @@ def rewrite_records(
 
         head = manifest(records, recipe, taxonomy, classifier, retriever, bare)
         if shard is None:
-            write(output, apply_all(records, outcomes(), bare), like=records, types=types(bare), overwrite=overwrite)
+            side = types(bare, recipe.turns)
+            write(output, apply_all(records, outcomes(), bare), like=records, types=side, overwrite=overwrite)
             counted = {"records": sum(counts.values()), "outcomes": dict(counts)}
             atomic_write(f"{output}.manifest.json", dump(head | counted | {"sha256": sha256(output)}) + b"\n")
         else:
@@ -113,26 +115,6 @@ def rewrite_records(
 def apply_all(records: Records, outcomes: Iterator[tuple[Record, Outcome]], bare: bool) -> Iterator[dict[str, Any]]:
     for record, outcome in outcomes:
         yield apply(records.schema.name, record, outcome, bare)
-
-
-def apply(schema: str, record: Record, outcome: Outcome, bare: bool = False) -> dict[str, Any]:
-    """The record with its new answer, if it has one; and the side columns, unless `bare`. The old answer is kept."""
-    data = record.data if outcome.text is None else edited(schema, record.data, response=outcome.text)
-    if bare:
-        return data
-    original = None if outcome.text is None else record.examples[-1].response
-    return {**data, **outcome.columns(), ORIGINAL: original}
-
-
-def types(bare: bool = False) -> dict[str, Any]:
-    """Arrow types of the side columns."""
-    import pyarrow as pa
-
-    texts = ("status", "category", "reason", "reject_reason", "model", "prompt_version", "request_key", "original")
-    found: dict[str, Any] = {f"realign_{name}": pa.string() for name in texts}
-    found |= {"realign_category_score": pa.float64(), "realign_cost": pa.float64()}
-    found |= {"realign_tokens_in": pa.int64(), "realign_tokens_out": pa.int64()}
-    return {} if bare else found | {"realign_evidence": pa.list_(pa.string())}
 
 
 def manifest(
@@ -166,14 +148,17 @@ def tell(counts: Counter[str], ledger: Ledger) -> dict[str, Any]:
 def merge(records: Records, parts: Sequence[Path], output: Path, *, bare: bool, overwrite: bool) -> dict[str, Any]:
     """Join the parts of a sharded run into what the run in one piece would have written."""
     counts: Counter[str] = Counter()
+    found = merge_parts(records, parts)
+    first = list(islice(found, 1))  # parts that do not fit are refused here
 
     def rows() -> Iterator[dict[str, Any]]:
-        for record, value in merge_parts(records, parts):
+        for record, value in chain(first, found):
             outcome = Outcome(**value)
             counts[outcome.reason or outcome.status] += 1
             yield apply(records.schema.name, record, outcome, bare)
 
-    write(output, rows(), like=records, types=types(bare), overwrite=overwrite)
+    side = types(bare, "all" if first and first[0][1].get("turns") is not None else "last")
+    write(output, rows(), like=records, types=side, overwrite=overwrite)
     return {"output": output, "records": sum(counts.values()), "rewritten": counts["rewrite"], "parts": len(parts)}
 
 
@@ -184,18 +169,16 @@ def dry_run(
     found = _local(classifier, taxonomy)
     requests, usage = 0, Usage()
     for record in only(records, shard):
-        example = record.examples[-1]
-        question = question_of(example)
-        name = given_category(record.data, taxonomy) or asyncio.run(found(question))[0]
-        if taxonomy[name].rewrite and example.response.strip():
-            messages = rewriting(question, example.response, taxonomy[name].format, history=example.history)
-            sampling = {
-                **recipe.sampling,
-                "max_tokens": min(recipe.max_tokens, 2 * count_words(example.response) + 200),
-            }
-            each = estimate(Request("rewrite", recipe.model, messages, sampling))
-            requests += recipe.candidates
-            usage += Usage(recipe.candidates * each.prompt, recipe.candidates * each.completion)
+        for example in recipe.examples_of(record):
+            question = question_of(example)
+            given = given_category(record.data, taxonomy) if example is record.examples[-1] else None
+            task = taxonomy[given or asyncio.run(found(question))[0]]
+            if task.rewrite and example.response.strip():
+                messages = rewriting(question, example.response, task.format, history=example.history)
+                most = min(recipe.max_tokens, 2 * count_words(example.response) + 200)
+                each = estimate(Request("rewrite", recipe.model, messages, {**recipe.sampling, "max_tokens": most}))
+                requests += recipe.candidates
+                usage += Usage(recipe.candidates * each.prompt, recipe.candidates * each.completion)
     return {
         "requests": requests, "prompt_tokens_about": usage.prompt, "completion_tokens_about": usage.completion,
         "cost_about": service.ledger().prices.of(recipe.model, usage),
@@ -261,25 +244,22 @@ def filter_records(
 
     def rows() -> Iterator[dict[str, Any]]:
         for record in records:
-            original = record.data.get(ORIGINAL)
-            if original is None:
-                counts["original before"] += 1
-                yield record.data
-                continue
-            example = record.examples[-1]
-            change = Change(
-                question_of(example), original, example.response, record.data.get("realign_category") or "",
-                tokens(original), tokens(example.response),
-            )  # fmt: skip
-            reason = refuse(change, names)
-            counts["rewrite" if reason is None else reason.partition(":")[0]] += 1
-            if reason is None:
-                yield record.data
-            else:
-                back = edited(records.schema.name, record.data, response=original)
-                side = {"status": "original", "reason": "rejected", "reject_reason": reason, "original": None}
-                yield back | {f"realign_{name}": value for name, value in side.items()}
+            refused: list[tuple[Answer, str]] = []
+            for answer in answers_of(record):
+                reason = None if answer.original is None else refuse(change_of(answer, tokens), names)
+                kept = "rewrite" if answer.original is not None else "original before"
+                counts[reason.partition(":")[0] if reason else kept] += 1
+                refused += [(answer, reason)] if reason else []
+            yield put_back(records.schema.name, record.data, refused) if refused else record.data
 
-    write(output, rows(), like=records, types=types(), overwrite=overwrite)
-    told = [{"outcome": name, "records": count} for name, count in counts.most_common()]
-    return {"output": output, "records": sum(counts.values()), "rewritten": counts["rewrite"], "filters": told}
+    written = write(output, rows(), like=records, types=types(), overwrite=overwrite)
+    told = [{"outcome": name, "answers": count} for name, count in counts.most_common()]
+    return {"output": output, "records": written, "rewritten": counts["rewrite"], "filters": told}
+
+
+def change_of(answer: Answer, tokens: Callable[[str], int]) -> Change:
+    """A rewritten answer as the filters see it."""
+    original, rewritten = answer.original or "", answer.example.response
+    return Change(
+        question_of(answer.example), original, rewritten, answer.category or "", tokens(original), tokens(rewritten)
+    )

@@ -9,6 +9,7 @@ import typer
 
 from model_hooks import RequestError
 from model_hooks.files import refuse_existing
+from paper_tables import record_options as option
 from paper_tables.cli import add_reproduce
 from paper_tables.endpoint import endpoint_options
 from paper_tables.frame import keep, make_app
@@ -18,17 +19,7 @@ app = make_app(
     "reflection-tuning", help="Let a teacher rewrite instruction data, and the student choose what it keeps."
 )
 
-DATA = typer.Argument(metavar="DATA", help="Records: .json, .jsonl(.gz, .zst), .parquet, a datasets folder, a hub "
-                      "name, or zoo:pairs.")  # fmt: skip
-Data = Annotated[str, DATA]
 Scored = Annotated[str, typer.Argument(metavar="DATA", help="Records as `reflect`, `score` or `gather` write them.")]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Where the result goes; the suffix says the format.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
-Schema = Annotated[str, typer.Option(help="auto, alpaca, sharegpt, messages, items or instances.")]
-OnBad = Annotated[str, typer.Option(help="fail at the first bad record, or skip and write them to --rejects.")]
-Rejects = Annotated[Path, typer.Option(help="Where skipped records go, with the reason.")]
-Errors = Annotated[str, typer.Option(help="strict, or replace bytes that are no UTF-8.")]
-Reid = Annotated[bool, typer.Option("--reid", help="Give every record its position as id.")]
 Limit = Annotated[int, typer.Option("--records", min=0, help="Only the first so many records; 0: all.")]
 Teacher = Annotated[
     str, typer.Option("--teacher", help="Its name at the server, or a checkpoint with --backend local.")
@@ -43,13 +34,10 @@ Template = Annotated[str, typer.Option(help="Prompt: vicuna (the paper's), alpac
 Compat = Annotated[str, typer.Option(help="original (as published) or aligned (same tokens on both sides).")]
 MaxLength = Annotated[int, typer.Option(min=2, help="Tokens of prompt and target.")]
 Budget = Annotated[int, typer.Option(min=0, help="Padded tokens a batch; 0: by the device.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as the checkpoint is stored.")]
-DeviceMap = Annotated[str, typer.Option(help="auto spreads the model over all GPUs; empty: one device.")]
 Policy = Annotated[str, typer.Option(help="v2-paper, v2-keep-all, v1, or a YAML file of your own.")]
 RankBy = Annotated[str, typer.Option(help="For --top: ifd (highest first) or rifd (lowest first).")]
 Top = Annotated[float, typer.Option(min=0, max=1, help="Share of the selected records to keep, such as 0.02; 0: all.")]
 TopN = Annotated[int, typer.Option(min=0, help="Number to keep instead.")]
-REJECTS = Path("rejects.jsonl")
 GPT = "gpt-3.5-turbo"
 LLAMA = "meta-llama/Llama-2-7b-hf"
 
@@ -61,7 +49,7 @@ def _service(**settings: Any) -> Any:
 
 
 def _read(
-    data: str, schema: str = "auto", on_bad_record: str = "fail", rejects: Path = REJECTS,
+    data: str, schema: str = "auto", on_bad_record: str = "fail", rejects: Path = option.REJECTS,
     encoding_errors: str = "strict", reid: bool = False, limit: int = 0,
 ) -> Any:  # fmt: skip
     from instruct_data.records import read
@@ -81,25 +69,25 @@ def _policy(name: str) -> Any:
 @app.command()
 @endpoint_options(_service)
 def reflect(
-    data: Data,
+    data: option.Data,
     service: Any,
     teacher: Teacher = GPT,
-    output: Output = Path("reflected.jsonl"),
+    output: option.Output = Path("reflected.jsonl"),
     what: What = "both",
     checks: Checks = "careful",
     temperature: Temperature = 0.0,
     top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
     answer_tokens: AnswerTokens = 2048,
     context: Context = 0,
-    shard: Annotated[str, typer.Option(help="PART/OF: do this part alone, for `merge`.")] = "",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Estimate tokens and price; send nothing.")] = False,
+    shard: option.Shard = "",
+    dry_run: option.DryRun = False,
     limit: Limit = 0,
-    schema: Schema = "auto",
-    on_bad_record: OnBad = "fail",
-    rejects: Rejects = REJECTS,
-    encoding_errors: Errors = "strict",
-    reid: Reid = False,
-    overwrite: Overwrite = False,
+    schema: option.Schema = "auto",
+    on_bad_record: option.OnBad = "fail",
+    rejects: option.Rejects = option.REJECTS,
+    encoding_errors: option.Errors = "strict",
+    reid: option.Reid = False,
+    overwrite: option.Overwrite = False,
 ) -> dict[str, Any]:
     """Let a teacher criticise and rewrite instructions and answers. The same command again goes on."""
     from instruct_data.llm.shards import parse_shard
@@ -114,16 +102,17 @@ def reflect(
     if dry_run:
         return workflow.dry_run(records, recipe, service(output), part)
     records.count()  # a bad record shows before anything is sent
-    return workflow.reflect_records(records, output, recipe, service(output), shard=part, overwrite=overwrite)
+    with option.naming(output):
+        return workflow.reflect_records(records, output, recipe, service(output), shard=part, overwrite=overwrite)
 
 
 @app.command()
 def merge(
-    data: Data,
+    data: option.Data,
     parts: Annotated[list[Path], typer.Argument(metavar="PART...", help="What `reflect --shard` wrote, all of it.")],
-    output: Output = Path("reflected.jsonl"),
-    schema: Schema = "auto",
-    overwrite: Overwrite = False,
+    output: option.Output = Path("reflected.jsonl"),
+    schema: option.Schema = "auto",
+    overwrite: option.Overwrite = False,
 ) -> dict[str, Any]:
     """Join the parts of a sharded reflection; missing and foreign ones are refused."""
     from reflection_tuning import workflow
@@ -137,9 +126,9 @@ def merge(
 
 @app.command()
 def score(
-    data: Data,
+    data: option.Data,
     student: Student = LLAMA,
-    output: Output = Path("scored.jsonl"),
+    output: option.Output = Path("scored.jsonl"),
     template: Template = "vicuna",
     compat: Compat = "original",
     max_length: MaxLength = 2048,
@@ -148,14 +137,14 @@ def score(
         Path | None, typer.Option(help="Folder for the original's JSON lines, a file for each version.")
     ] = None,
     limit: Limit = 0,
-    schema: Schema = "auto",
-    on_bad_record: OnBad = "fail",
-    rejects: Rejects = REJECTS,
-    encoding_errors: Errors = "strict",
-    reid: Reid = False,
-    dtype: Dtype = "auto",
-    device_map: DeviceMap = "",
-    overwrite: Overwrite = False,
+    schema: option.Schema = "auto",
+    on_bad_record: option.OnBad = "fail",
+    rejects: option.Rejects = option.REJECTS,
+    encoding_errors: option.Errors = "strict",
+    reid: option.Reid = False,
+    dtype: option.Dtype = "auto",
+    device_map: option.DeviceMap = "",
+    overwrite: option.Overwrite = False,
 ) -> dict[str, Any]:
     """IFD and r-IFD of every version under the student; of the record alone where it was not reflected on.
 
@@ -175,7 +164,7 @@ def score(
     records.count()  # a bad record shows before the model is loaded
     loaded, tokenizer = load_placed(student, dtype, device_map)
     engine: dict[str, Any] = {"compat": compat, "max_length": max_length, "budget": budget or None}
-    with progress("tokens scored") as bar:
+    with progress("tokens scored") as bar, option.naming(output):
         said = workflow.score_records(
             loaded, tokenizer, records, output, template=template, name=student, bar=bar, overwrite=overwrite, **engine
         )
@@ -186,16 +175,16 @@ def score(
 
 @app.command()
 def gather(
-    data: Data,
+    data: option.Data,
     version: Annotated[
         list[str] | None, typer.Option("--version", help="NAME=FILE: the records of one version (Q, A, QA).")
     ] = None,
     scores: Annotated[
         list[str] | None, typer.Option("--scores", help="NAME=FILE: its published scores (ori, Q, A, QA), JSON lines.")
     ] = None,
-    output: Output = Path("gathered.jsonl"),
-    schema: Schema = "auto",
-    overwrite: Overwrite = False,
+    output: option.Output = Path("gathered.jsonl"),
+    schema: option.Schema = "auto",
+    overwrite: option.Overwrite = False,
 ) -> dict[str, Any]:
     """Bring files that hold one version each, such as the published ones, into one: for `select` and all after it."""
     from reflection_tuning import originals
@@ -207,7 +196,7 @@ def gather(
 @app.command()
 def select(
     data: Scored,
-    output: Output = Path("selected.jsonl"),
+    output: option.Output = Path("selected.jsonl"),
     policy: Policy = "v2-paper",
     rank_by: RankBy = "ifd",
     top: Top = 0.0,
@@ -215,9 +204,9 @@ def select(
     near_duplicates: Annotated[
         float, typer.Option(min=0, max=1, help="Leave out new instructions this much like one before; 0: none.")
     ] = 0.0,
-    bare: Annotated[bool, typer.Option("--bare", help="Write no side columns.")] = False,
-    schema: Schema = "auto",
-    overwrite: Overwrite = False,
+    bare: option.Bare = False,
+    schema: option.Schema = "auto",
+    overwrite: option.Overwrite = False,
 ) -> dict[str, Any]:
     """Keep, of each record, the version that the student accepts. Replays stored scores: no forward pass."""
     from reflection_tuning import showing
@@ -232,7 +221,7 @@ def select(
 @app.command()
 @endpoint_options(_service)
 def run(
-    data: Data,
+    data: option.Data,
     service: Any,
     teacher: Teacher = GPT,
     student: Student = LLAMA,
@@ -249,9 +238,9 @@ def run(
     compat: Compat = "original",
     max_length: MaxLength = 2048,
     limit: Limit = 0,
-    schema: Schema = "auto",
-    dtype: Dtype = "auto",
-    device_map: DeviceMap = "",
+    schema: option.Schema = "auto",
+    dtype: option.Dtype = "auto",
+    device_map: option.DeviceMap = "",
 ) -> dict[str, Any]:
     """Reflect, score, select, and write the page to look at. The same command again goes on, or does nothing twice."""
     from reflection_tuning import workflow
@@ -263,19 +252,20 @@ def run(
     recipe = Recipe(teacher, what, temperature, 1.0, answer_tokens, context, chosen(checks))
     records = _read(data, schema, limit=limit)
     records.count()
-    return workflow.run_all(
-        records, output, recipe, service(output / "replies"), student, chosen_policy, rank_by=rank_by, top=top,
-        template=template, compat=compat, max_length=max_length, dtype=dtype, device_map=device_map,
-    )  # fmt: skip
+    with option.naming(output):
+        return workflow.run_all(
+            records, output, recipe, service(output / "replies"), student, chosen_policy, rank_by=rank_by, top=top,
+            template=template, compat=compat, max_length=max_length, dtype=dtype, device_map=device_map,
+        )  # fmt: skip
 
 
 @app.command()
 def stats(
     data: Scored,
     policy: Policy = "v2-paper",
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the result as JSON.")] = None,
-    schema: Schema = "auto",
-    overwrite: Overwrite = False,
+    output: option.Figures = None,
+    schema: option.Schema = "auto",
+    overwrite: option.Overwrite = False,
 ) -> dict[str, Any]:
     """The funnel: replies, what the student accepted, what is emitted, and why the rest is not."""
     from reflection_tuning import showing
@@ -290,14 +280,15 @@ def view(
     data: Scored,
     policy: Policy = "v2-paper",
     output: Annotated[Path, typer.Option("--output", "-o", help="The page.")] = Path("reflections.html"),
-    schema: Schema = "auto",
-    overwrite: Overwrite = False,
+    schema: option.Schema = "auto",
+    overwrite: option.Overwrite = False,
 ) -> dict[str, Any]:
     """Write one HTML page of texts before and after, with filters by task, status and reject reason."""
     from reflection_tuning import showing
 
     refuse_existing(output, overwrite)
-    return showing.view(_read(data, schema), output, _policy(policy))
+    with option.naming(output):
+        return showing.view(_read(data, schema), output, _policy(policy))
 
 
 @app.command()
@@ -307,9 +298,9 @@ def export(
         str, typer.Option(help="sft (messages) or preference (chosen: rewritten answer, rejected: the one before).")
     ] = "sft",
     policy: Policy = "v2-paper",
-    output: Output = Path("export.jsonl"),
-    schema: Schema = "auto",
-    overwrite: Overwrite = False,
+    output: option.Output = Path("export.jsonl"),
+    schema: option.Schema = "auto",
+    overwrite: option.Overwrite = False,
 ) -> dict[str, Any]:
     """Write the selected records as trainers read them."""
     from reflection_tuning import showing
@@ -330,11 +321,11 @@ def evaluate(
     limit: Limit = 0,
     tasks: Annotated[str, typer.Option(help="lm-eval tasks, separated by commas.")] = "",
     task_limit: Annotated[int, typer.Option(min=0, help="Questions of each task; 0: all.")] = 0,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the result as JSON.")] = None,
-    schema: Schema = "auto",
-    dtype: Dtype = "auto",
-    device_map: DeviceMap = "",
-    overwrite: Overwrite = False,
+    output: option.Figures = None,
+    schema: option.Schema = "auto",
+    dtype: option.Dtype = "auto",
+    device_map: option.DeviceMap = "",
+    overwrite: option.Overwrite = False,
 ) -> dict[str, Any]:
     """Loss on the answers of held-out records, and lm-eval tasks."""
     from reflection_tuning.eval import evaluate as measure
@@ -358,8 +349,8 @@ def bench(
     latency: Annotated[float, typer.Option(min=0.01, help="Seconds that most replies take.")] = 0.2,
     in_flight: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 64,
     replies: Annotated[int, typer.Option(min=1, help="Replies to wait for.")] = 1600,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the result as JSON.")] = None,
-    overwrite: Overwrite = False,
+    output: option.Figures = None,
+    overwrite: option.Overwrite = False,
 ) -> dict[str, Any]:
     """Speed beside the published ways: requests in batches of ten, and sixteen forward passes a record."""
     from reflection_tuning import bench as benchmark

@@ -42,6 +42,7 @@ from .progress import progress, set_quiet, track
 __all__ = ["MissingExtra", "WorkFailed", "make_app", "progress", "require", "track"]
 
 FRAME = ("config", "quiet", "as_json", "debug")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, the size that a file may have
 CONFIG = "paper_tables.config"  # of a context's meta: the file that was read
 
 
@@ -211,7 +212,7 @@ def _errors(debug: bool) -> Iterator[None]:
             raise
         if getattr(error, "exit_code", None) == 2:
             _stop(one_line(error), 2)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        if isinstance(error, OSError) and error.errno in FULL:
             _stop(f"no space left on the disk{f' for {error.filename}' if error.filename else ''}; nothing was "
                   "left half-written: free some and run again", 1)  # fmt: skip
         if isinstance(error, BrokenPipeError):
