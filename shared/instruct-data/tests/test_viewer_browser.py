@@ -208,8 +208,9 @@ def test_a_record_is_shown_as_it_is_whatever_its_text(show, width):
         tab.js("[...document.querySelectorAll('#detail tr')].map(r => [...r.children].map(c => c.textContent))")
     )
     assert {k: side[k] for k in ("ifd_ppl", "status", "__proto__", "n")} == {
-        "ifd_ppl": "not scored", "status": "<i>no</i>", "__proto__": "kept", "n": "0.30000000000000004",
+        "ifd_ppl": "not scored", "status": "<i>no</i>", "__proto__": "kept", "n": "0.3000",
     }  # fmt: skip
+    assert tab.js("[...document.querySelectorAll('#detail tr bdi')].map(e => e.title)")[-1] == "0.30000000000000004"
     assert tab.js("window.pwned ?? document.querySelector('img')") is None
     arabic = "getComputedStyle([...document.querySelectorAll('#detail .words')][2]).direction"
     assert tab.js(arabic) == "rtl"

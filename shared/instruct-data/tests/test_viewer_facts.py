@@ -14,7 +14,7 @@ pytestmark = [
 def test_numbers_links_and_names_are_followed_through_a_change(show):
     rows = [
         {"id": "a", "before": "In 1,867 she came to Warsaw with Pierre, see https://a.b/c",
-         "after": "Warsaw: she came there in 1867.\nThe year after, in 1868, see https://a.b/c and ask Marie",
+         "after": "1. Warsaw: she came there in 1867.\n 12) The year after, in 1868, see https://a.b/c and ask Marie",
          "task": "open_qa", "status": "rewrite", "rejected by": None},
         {"id": "b", "before": "Two.", "after": "Two.", "task": "math", "status": "original", "rejected by": "length"},
     ] * 3  # fmt: skip

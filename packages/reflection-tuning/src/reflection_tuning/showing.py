@@ -170,7 +170,7 @@ def view(records: Records, page: Path, policy: SelectionPolicy) -> dict[str, Any
                 "rifd": winner.rifd,
             }  # fmt: skip
 
-    texts = ("instruction_before", "instruction_after", "answer_before", "answer_after", "criticism", "refused")
+    texts = ("criticism", "refused", "instruction_before", "instruction_after", "answer_before", "answer_after")
     title = f"Reflections of {Path(records.name).name}, before and after"
     write_page(rows(), page, title=title, score=None, text=texts, summary={"data": Path(records.name).name,
                "policy": policy.name}, facts=True)  # fmt: skip

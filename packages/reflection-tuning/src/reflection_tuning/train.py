@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from paper_tables.launch import run_module
@@ -37,19 +38,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
     Returns output, records, steps, loss (the last logged), seconds. Raises `RequestError` for a request that cannot be
     met, `WorkFailed` where the loss is no number any more; neither writes the output.
     """
+    from instruct_data.completions import training_rows
+
     return fine_tune(
-        config, lambda tokenizer: rows_of(config, tokenizer), module_file=__file__, package="reflection-tuning",
+        config, partial(training_rows, config), module_file=__file__, package="reflection-tuning",
         paper="arXiv 2402.10110",
     )  # fmt: skip
-
-
-def rows_of(config: TrainConfig, tokenizer: Any) -> list[dict[str, str]]:
-    """What is learned from: prompts and completions, or prompts with what `export --form preference` chose."""
-    from instruct_data.completions import completions, preferences
-
-    if not config.preferred:
-        return completions(config.data, config.schema, config.template, tokenizer)
-    return preferences(config.data, config.template, tokenizer)
 
 
 train_command = command_of(

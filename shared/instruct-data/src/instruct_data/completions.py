@@ -50,6 +50,14 @@ def preferences(data: str, template_name: str, tokenizer: Any) -> list[dict[str,
     return rows
 
 
+def training_rows(config: Any, tokenizer: Any) -> list[dict[str, str]]:
+    """What a run learns from: `completions` of its `data`, `schema` and `template`, or where it is `preferred`,
+    `preferences`."""
+    if config.preferred:
+        return preferences(config.data, config.template, tokenizer)
+    return completions(config.data, config.schema, config.template, tokenizer)
+
+
 def prompt_messages(example: Example) -> list[dict[str, str]]:
     """What the answer follows, as messages: the system text, the earlier turns, the question."""
     found = [{"role": "system", "content": example.system}] if example.system else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-RECENT = 1 << 16
+RECENT = 1 << 13
 OFFSET_BITS = 40  # a segment file of up to 1 TB, up to 16 M segments
 
 Column = NDArray[np.uint64]

@@ -118,7 +118,9 @@ function drawSide(columns, record) {
     const value = record[column.name];
     const none = column === data.score ? "not scored" : "none";
     const words = value === null ? el("span", { className: "nothing", textContent: none })
-      : column.yesNo ? (value ? "yes" : "no") : el("bdi", { textContent: String(value) });
+      : column.yesNo ? (value ? "yes" : "no")
+      : column.kind === "number" ? el("bdi", { textContent: formatted(value, column.whole), title: String(value) })
+      : el("bdi", { textContent: String(value) });
     return el("tr", {}, el("th", { scope: "row" }, el("bdi", { textContent: column.name })), el("td", {}, words));
   });
   return rows.length ? section("columns", el("table", {}, el("tbody", {}, ...rows))) : null;

@@ -1,6 +1,7 @@
-// Numbers, links and names (capitalised words inside sentences) of a text, and what a change did with them.
+// Numbers, links and names (capitalised words inside sentences) of a text, and what a change did with them. The number that
+// begins a line of a list ("1. ...", "2) ...") is none.
 
-const FACTS = /https?:\/\/[^\s)>\]]+|\d[\d,.]*\d|\d|(?<=[a-z,;] )\p{Lu}[\p{L}\p{N}_-]+/gu;
+const FACTS = /https?:\/\/[^\s)>\]]+|(?<!\d)(?!(?<=^[ \t]*)\d{1,3}[.)]\s)(?:\d[\d,.]*\d|\d)|(?<=[a-z,;] )\p{Lu}[\p{L}\p{N}_-]+/gmu;
 const factKey = (found) => (/^\d/.test(found) ? found.replaceAll(",", "") : found);
 const factsOf = (text) => new Set([...text.matchAll(FACTS)].map((found) => factKey(found[0])));
 
