@@ -223,7 +223,7 @@ def test_the_index_is_a_dictionary(entries: list[tuple[int, int]], settle: set[i
 
 
 def test_an_entry_of_the_index_costs_24_bytes() -> None:
-    count = 2 * RECENT
+    count = 16 * RECENT
     index = Index()
     tracemalloc.start()
     for i in range(count):
