@@ -181,9 +181,8 @@ def evaluate_tasks(
     if not is_causal(AutoConfig.from_pretrained(resolve(source))):
         raise RequestError(f"{source} is no causal language model, which lm-eval tasks are for; give --kind and --data")
     model, tokenizer = load_for(source, "clm", None)
-    record = model.config.meo if is_merged(model) else {"config": {"method": ""}, "stacks": [{"level": ""}]}
-    level = record["stacks"][0]["level"]
-    if record["config"]["method"] == "meo" and level in ("sequence", "token"):
+    level = model.config.meo["stacks"][0]["level"] if is_merged(model) else ""
+    if level in ("sequence", "token") and model.config.meo["config"]["method"] == "meo":
         raise RequestError(f"{source}: gates of level {level} would see the answers that are to be scored")
     with with_options(task=task or None):
         found = quality.accuracies(
