@@ -38,10 +38,15 @@ def test_torchs_counter_sees_the_merges() -> None:
     """With order merge and all experts selected; torch counts k additions where k - 1 are needed."""
     config = transformers.BertConfig(**SMALL)
     model = convert(transformers.BertForMaskedLM(config), experts=4, k=4, order="merge", gate="topk").eval()
+    for name, weight in model.named_parameters():  # equal gates would share a merge
+        if name.endswith("w_gate"):
+            torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(0))
     small = 2 * 2 * (2 * 2 * (32 + 64) * 4)  # layers, (gates and biases): [2 rows, width] x [width, 4] and back
     surplus = 2 * 2 * 2 * 32 * 64  # rows, layers, linears, weights
     meo = count(sizes_of(config), method="meo", k=4, batch=2, tokens=16, additions=True)["total"]
-    assert flops(model, torch.ones(2, 16, dtype=torch.long)) == meo + small + surplus
+    assert flops(model, torch.arange(2 * 16).view(2, 16)) == meo + small + surplus
+    merges = 2 * 2 * (2 * 4 * 32 * 64)  # layers, linears, experts' weights: what a second row with equal gates saves
+    assert flops(model, torch.ones(2, 16, dtype=torch.long)) == meo + small + surplus - merges
 
 
 def test_unknown_names() -> None:
