@@ -9,11 +9,12 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from model_hooks.errors import RequestError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def is_stage3(deepspeed: str | None) -> bool:
