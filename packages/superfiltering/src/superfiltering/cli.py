@@ -11,28 +11,28 @@ from model_hooks import RequestError
 from model_hooks.files import refuse_existing
 from paper_tables.cli import add_reproduce
 from paper_tables.frame import keep, make_app
+from paper_tables.record_options import (
+    REJECTS,
+    Data,
+    DeviceMap,
+    Dtype,
+    Errors,
+    OnBad,
+    Output,
+    Overwrite,
+    Reid,
+    Rejects,
+    Schema,
+)
 from superfiltering.train import train_command
 
 app = make_app("superfiltering", help="Let a small language model select the instruction data for a large one.")
 
-DATA = typer.Argument(metavar="DATA", help="Records: .json, .jsonl(.gz, .zst), .parquet, a datasets folder, a hub "
-                      "name, or zoo:pairs.")  # fmt: skip
-Data = Annotated[str, DATA]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Where the result goes; the suffix says the format.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
-Schema = Annotated[str, typer.Option(help="auto, alpaca, sharegpt, messages, items or instances.")]
-OnBad = Annotated[str, typer.Option(help="fail at the first bad record, or skip and write them to --rejects.")]
-Rejects = Annotated[Path, typer.Option(help="Where skipped records go, with the reason.")]
-Errors = Annotated[str, typer.Option(help="strict, or replace bytes that are no UTF-8.")]
-Reid = Annotated[bool, typer.Option("--reid", help="Give every record its position as id.")]
 ScoresFile = Annotated[
     Path | None, typer.Option("--scores", help="What `score` wrote; without it the records carry their scores.")
 ]
 By = Annotated[str, typer.Option(help="ifd_ppl (the paper's) or ifd_loss (Cherry_LLM's).")]
 Turns = Annotated[str, typer.Option(help="Score of a conversation: mean, min, token-weighted or last of its turns.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as the checkpoint is stored.")]
-DeviceMap = Annotated[str, typer.Option(help="auto spreads the model over all GPUs; empty: one device.")]
-REJECTS = Path("rejects.jsonl")
 
 
 def _read(
