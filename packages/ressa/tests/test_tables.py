@@ -131,7 +131,13 @@ def test_bench_says_what_adapters_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "probe_llava", lambda: small)
     found = bench.run(batch_size=2, rounds=3)
     rows = {row["step"]: row for row in found["steps"]}
-    assert set(rows) == {"lora", "exact", "ste", "naive", "exact, taught"}
+    more = {"exact, taught", "exact, taught by cache", "lora, taught, checkpointed", "exact, taught, checkpointed"}
+    assert set(rows) == {"lora", "exact", "ste", "naive", *more}
     assert rows["lora"]["time_over_lora"] == rows["lora"]["memory_over_lora"] == 1
     assert rows["naive"]["peak_bytes"] > rows["exact"]["peak_bytes"] > 0
-    assert found["merged_latency_over_dense"] > 0
+    assert not small.training
+    ratios = {row["ratio"]: row for row in found["ratios"]}
+    assert len(ratios) == 8
+    assert all(row["value"] > 0 for row in ratios.values())
+    assert ratios["memory: exact / LoRA"]["value"] == rows["exact"]["memory_over_lora"]
+    assert rows["exact, taught, checkpointed"]["peak_bytes"] < rows["exact, taught"]["peak_bytes"]

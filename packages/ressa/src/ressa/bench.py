@@ -18,11 +18,13 @@ from paper_tables.memory import peak_tensor_bytes
 from paper_tables.timing import interleaved
 from ressa.adapters import attach
 from ressa.branches import Branches, find_branches
+from ressa.layers import SparseLoraLinear
 from ressa.merging import merge
 from ressa.pruning import Pruning, prune
 from ressa.teacher import dense
 
 RANK, ALPHA = 8, 16
+KEPT = 64  # tokens of a place in a teacher's cache
 TOKENS = 32  # of text in an example
 
 
@@ -82,24 +84,54 @@ def example_batch(model: Any, batch_size: int) -> dict[str, Tensor]:
     return {name: value.to(model.device) for name, value in batch.items()}
 
 
-def step_of(model: Any, batch: dict[str, Tensor], teacher: bool = False) -> Callable[[], None]:
-    """One forward and backward pass; with a teacher, its forward pass and the divergence from it too."""
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    from ressa.distill import Objective
+def step_of(model: Any, batch: dict[str, Tensor], taught: str = "") -> Callable[[], None]:
+    """One forward and backward pass; with a teacher also the divergence from it.
 
-    objective = Objective(kl_weight=0.5 if teacher else 0.0)
+    taught: live, its own forward pass in the step, its adapters off; cache, its answers as `ressa teacher-cache` keeps
+    them; empty, no teacher.
+    """
+    from ressa.distill import Objective
+    from ressa.teachercache import answers_of, targets_of
+
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    objective = Objective(kl_weight=0.5 if taught else 0.0)
+
+    def teacher() -> Any:
+        with torch.no_grad(), dense(model) if is_masked(model) else model.disable_adapter():
+            return model(**inputs, use_cache=False)
+
+    kept = None
+    if taught == "cache":
+        kept = answers_of(targets_of(teacher().logits, batch["labels"], True), objective.temperature, KEPT)
 
     def step() -> None:
-        taught = None
-        if teacher:
-            with dense(model):
-                taught = model(**inputs, use_cache=False)
-        loss, _ = objective(model(**inputs, use_cache=False), taught, batch["labels"])
+        said = teacher() if taught == "live" else kept
+        loss, _ = objective(model(**inputs, use_cache=False), said, batch["labels"])
         loss.backward()
         for parameter in model.parameters():
             parameter.grad = None
 
     return step
+
+
+def is_masked(model: Any) -> bool:
+    return any(isinstance(module, SparseLoraLinear) for module in model.modules())
+
+
+def checkpointed(model: Any, step: Callable[[], None]) -> Callable[[], None]:
+    """The step with activations computed again in its backward pass, for which the model must be in training mode."""
+
+    def again() -> None:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        try:
+            step()
+        finally:
+            model.eval()
+            model.gradient_checkpointing_disable()
+            model.disable_input_require_grads()  # which stays on otherwise
+
+    return again
 
 
 def resident_bytes(model: Any) -> int:
@@ -122,7 +154,7 @@ def students(base: Any, branches: Branches, masks: dict[str, Tensor]) -> dict[st
 
 
 def run(name: str = "", *, batch_size: int = 8, rounds: int = 20, dtype: str = "float32") -> dict[str, Any]:
-    """Ratios to LoRA of a training step's time and memory, of exact to naive, and of merged to dense latency."""
+    """Time and memory of a training step by way of training, and each ratio that has a target beside it."""
     from model_hooks.loading import load_placed
     from paper_tables.machine import describe, machine
 
@@ -131,7 +163,11 @@ def run(name: str = "", *, batch_size: int = 8, rounds: int = 20, dtype: str = "
     masks = prune(base, branches, [], Pruning("magnitude", 0.5, keep_dense=True)).masks
     models, batch = students(base, branches, masks), example_batch(base, batch_size)
     steps = {kind: step_of(model, batch) for kind, model in models.items()}
-    steps["exact, taught"] = step_of(models["exact"], batch, teacher=True)
+    for taught, what in (("live", "taught"), ("cache", "taught by cache")):
+        steps[f"exact, {what}"] = step_of(models["exact"], batch, taught)
+    for kind in ("lora", "exact"):
+        live = step_of(models[kind], batch, "live")
+        steps[f"{kind}, taught, checkpointed"] = checkpointed(models[kind], live)
     timed = interleaved(steps, rounds=rounds, warmup=2, base="lora")
     held = {kind: resident_bytes(models[kind.partition(",")[0]]) for kind in steps}
     peaks = {kind: held[kind] + peak_tensor_bytes(step) for kind, step in steps.items()}
@@ -140,12 +176,28 @@ def run(name: str = "", *, batch_size: int = 8, rounds: int = 20, dtype: str = "
          "memory_over_lora": peaks[kind] / peaks["lora"], "peak_bytes": peaks[kind]}
         for kind in steps
     ]  # fmt: skip
+    seconds = {kind: found.seconds for kind, found in timed.items()}
+    merged = latency(base, models["exact"], batch, rounds)
     return {
         "machine": describe(machine()), "tokens": batch["input_ids"].numel(), "rounds": rounds, "steps": rows,
-        "exact_over_naive": timed["exact"].seconds / timed["naive"].seconds,
-        "taught_memory_over_exact": peaks["exact, taught"] / peaks["exact"],
-        "merged_latency_over_dense": latency(base, models["exact"], batch, rounds),
+        "ratios": ratios(seconds, peaks, merged),
     }  # fmt: skip
+
+
+def ratios(seconds: dict[str, float], peaks: dict[str, int], merged: float) -> list[dict[str, Any]]:
+    """A row for each ratio that has a target: of times, of peaks of memory, of the merged model's latency."""
+    pairs = (
+        ("time: ste / LoRA", seconds, "ste", "lora", "at most 1.0"),
+        ("time: exact / LoRA", seconds, "exact", "lora", "at most 1.6"),
+        ("time: exact / LoRA, both taught and checkpointed", seconds, "exact, taught, checkpointed",
+         "lora, taught, checkpointed", "at most 1.35"),
+        ("time: exact / naive autograd", seconds, "exact", "naive", "at most 0.95"),
+        ("time: taught by cache / taught", seconds, "exact, taught by cache", "exact, taught", ""),
+        ("memory: exact / LoRA", peaks, "exact", "lora", "at most 1.1"),
+        ("memory: taught / exact", peaks, "exact, taught", "exact", "at most 1.1"),
+    )  # fmt: skip
+    rows = [{"ratio": name, "value": of[one] / of[two], "target": target} for name, of, one, two, target in pairs]
+    return [*rows, {"ratio": "latency: merged / dense", "value": merged, "target": "0.97 to 1.03"}]
 
 
 @torch.no_grad()

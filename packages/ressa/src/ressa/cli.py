@@ -110,6 +110,33 @@ app.command("repair")(repair_command)
 app.command("train", hidden=True)(repair_command)  # the common verb's name
 
 
+@app.command("teacher-cache")
+def teacher_cache(
+    teacher: Annotated[str, typer.Argument(metavar="TEACHER", help="The dense model: hub id, folder or zoo:NAME.")],
+    output: Output = Path("taught"),
+    data: Data = "zoo:shapes",
+    samples: Annotated[int, typer.Option(min=1, help="Examples, as many as `repair` is given.")] = 25_000,
+    seed: Annotated[int, typer.Option(help="As `repair` is given.")] = 0,
+    max_length: Annotated[int, typer.Option(min=0, help="As `repair` is given.")] = 0,
+    temperature: Annotated[float, typer.Option(help="As `repair` is given.")] = 2.0,
+    top: Annotated[int, typer.Option(min=1, help="Tokens kept of each place; the others are one.")] = 64,
+    batch_size: Batch = 16,
+    skip_bad_rows: SkipBad = 0,
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = "",
+    overwrite: Overwrite = False,
+) -> dict[str, Any]:
+    """Ask the dense model once about all examples, so that `repair --teacher-cache` needs neither it nor its time."""
+    from ressa import teachercache
+
+    if not temperature > 0:
+        raise RequestError(f"--temperature is {temperature}; a number above 0 is needed")
+    asked = teachercache.Request(teacher, data, samples, seed, max_length, temperature, top, dtype)
+    return teachercache.write(
+        asked, output, batch_size=batch_size, skip_bad_rows=skip_bad_rows, device_map=device_map, overwrite=overwrite
+    )
+
+
 @app.command()
 def merge(
     adapters: Annotated[str, typer.Argument(metavar="ADAPTERS", help="Folder that `ressa repair` wrote.")],

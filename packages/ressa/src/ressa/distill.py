@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model_hooks.errors import RequestError
-
-IGNORED = -100
+from ressa.encoding import IGNORED
+from ressa.teachercache import Answers, targets_of
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,9 @@ class Objective:
         """The loss and its detached parts task, kd and feature.
 
         Args:
-            student, teacher: Model outputs with logits [B, T, V]; teacher None: the task alone.
+            student: The model's output, with logits [B, T, V].
+            teacher: The same of the dense model; or its `Answers` from a cache at the batch's tokens with a label; or
+                None: the task alone.
             labels: [B, T], -100 where there is none.
             inputs: The batch, for positions text and all: input_ids and attention_mask.
         """
@@ -72,7 +74,11 @@ class Objective:
             return task, parts
         loss = (1 - self.kl_weight) * task
         if self.kl_weight:
-            kd = self.divergence(student.logits, teacher.logits, labels, inputs)
+            if isinstance(teacher, Answers):
+                chosen = targets_of(student.logits, labels, self.shift)
+                kd = teacher.divergence(chosen, self.temperature) * self.temperature**2 / len(chosen)
+            else:
+                kd = self.divergence(student.logits, teacher.logits, labels, inputs)
             loss, parts["kd"] = loss + self.kl_weight * kd, kd.detach()
         if self.feature_weight:
             feature = _feature(student, teacher)

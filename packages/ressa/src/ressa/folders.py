@@ -17,7 +17,10 @@ RECORD = "ressa.json"
 MASKS = "masks.safetensors"
 DENSE = "dense.safetensors"  # the dense weights by path, where a method has moved those that stayed
 ADAPTER = "adapter_config.json"
-NO_TEACHER = "dense weights are not available: pass --teacher DIR, --teacher none or prune with --keep-dense"
+NO_TEACHER = (
+    "dense weights are not available: pass --teacher DIR, --teacher-cache DIR or --teacher none, or prune with "
+    "--keep-dense"
+)
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Base:
     Attributes:
         model: With its zeros, or dense.
         masks: Module path -> bool [out, in], True = kept.
-        dense: Whether the dense weights are at hand: the model's own, or `held`.
+        dense: Whether there is a teacher: dense weights are wanted and at hand, the model's own or `held`.
         held: Dense weights by path, where a method has moved those that stayed.
     """
 
@@ -78,7 +81,7 @@ def load_base(folder: str | Path, teacher: str = "", dtype: Any = "float32") -> 
         from safetensors.torch import load_file
 
         held = {path: weight.to(model.dtype) for path, weight in load_file(Path(folder) / DENSE).items()}
-    return Base(model, load_processor(folder), masks, dense or source != str(folder), held)
+    return Base(model, load_processor(folder), masks, teacher != "none" and (dense or source != str(folder)), held)
 
 
 def has_dense(folder: str | Path, teacher: str) -> bool:

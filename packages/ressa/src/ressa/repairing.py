@@ -27,6 +27,7 @@ from paper_tables.training import LOG
 from ressa.data import Example
 from ressa.encoding import Encoder, collate, encoder_of
 from ressa.sharding import gathered, loaded_whole, prepare_for_splitting
+from ressa.teachercache import KEYS, Answers, Cache
 from ressa.train import RepairConfig
 
 TRAINABLE = "trainable.safetensors"
@@ -45,16 +46,25 @@ def arguments(config: RepairConfig, deepspeed: str | None) -> Any:
 
 
 class Rows(Dataset[dict[str, Tensor]]):
-    """Examples, encoded when they are asked for: images of a whole data set are not held in memory."""
+    """Examples, encoded when they are asked for: images of a whole data set are not held in memory.
 
-    def __init__(self, encoder: Encoder, examples: Sequence[Example]) -> None:
-        self.encoder, self.examples = encoder, examples
+    left_out: places that are passed over. cache: of a teacher, whose answers go with each example's inputs.
+    """
+
+    def __init__(
+        self, encoder: Encoder, examples: Sequence[Example], left_out: Sequence[int] = (), cache: Cache | None = None
+    ) -> None:
+        self.encoder, self.examples, self.cache = encoder, examples, cache
+        passed = set(left_out)
+        self.places = [i for i in range(len(examples)) if i not in passed]
 
     def __len__(self) -> int:
-        return len(self.examples)
+        return len(self.places)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return self.encoder.encode(self.examples[index])
+        place = self.places[index]
+        row = self.encoder.encode(self.examples[place])
+        return row if self.cache is None else row | self.cache.of(place, row)
 
 
 class RessaTrainer(Trainer):
@@ -79,8 +89,11 @@ class RessaTrainer(Trainer):
         labels = inputs["labels"]
         if not self.encoder_decoder:  # a model that makes its decoder's inputs of the labels needs them
             inputs = {name: value for name, value in inputs.items() if name != "labels"}
-        taught = None
-        if self.teach is not None:
+        taught: Any = None
+        if KEYS[0] in inputs:
+            taught = Answers(*(inputs[key] for key in KEYS))
+            inputs = {name: value for name, value in inputs.items() if name not in KEYS}
+        elif self.teach is not None:
             with torch.no_grad():
                 taught = self.teach(inputs)
         output = model(**inputs, use_cache=False)
@@ -207,8 +220,8 @@ def fit(config: RepairConfig, arguments: Any) -> tuple[dict[str, Any], Callable[
         base = load_base(config.model, config.wanted_teacher, torch.bfloat16 if config.bf16 else torch.float32)
     encoder = encoder_of(base.model.config, base.processor, config.max_length)
     examples = read(config.data, config.samples, seed=config.seed, skip_bad_rows=config.skip_bad_rows)
-    left_out = set(config.record()["left_out"])
-    rows = Rows(encoder, [one for i, one in enumerate(examples) if i not in left_out])
+    cache = Cache(config.teacher_cache) if config.teacher_cache else None
+    rows = Rows(encoder, examples, config.record()["left_out"], cache)
     branches = find_branches(base.model)
     model, teach, write = prepared(config, base, branches)
     if arguments.deepspeed_plugin is not None and arguments.deepspeed_plugin.zero_stage == 3:
@@ -250,8 +263,8 @@ def _full(config: RepairConfig, base: Any) -> tuple[Any, Teach | None, Callable[
     from ressa import merging
 
     model = base.model
-    teacher = copy.deepcopy(model).eval().requires_grad_(False)
-    for path, weight in base.held.items():
+    teacher = copy.deepcopy(model).eval().requires_grad_(False) if base.dense else None
+    for path, weight in base.held.items() if base.dense else ():
         teacher.get_submodule(path).weight.data.copy_(weight)
     apply_masks(model, base.masks)
     mask_gradients(model, base.masks)

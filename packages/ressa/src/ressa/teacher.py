@@ -14,7 +14,7 @@ from ressa.layers import SparseLoraLinear
 from ressa.masks import weight_at
 from ressa.sparselora import SparseLoraModel
 
-MISSING = "dense weights are not available: pass --teacher DIR, or prune with keep_dense"
+MISSING = "dense weights are not available: pass --teacher DIR, --teacher-cache DIR or prune with keep_dense"
 KINDS = {"DD": ("vision", "language"), "DS": ("vision",), "SD": ("language",)}
 
 

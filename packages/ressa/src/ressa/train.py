@@ -46,6 +46,7 @@ class RepairConfig(Run):
         alpha: The adapters' scale is alpha / rank.
         branches: Which get adapters: vision, connector, language, separated by commas.
         teacher: The dense model; empty: the dense weights in the folder; none: learn from the data alone.
+        teacher_cache: Folder that `ressa teacher-cache` wrote, instead of a teacher that runs in each step.
         teacher_kind: What of the teacher is dense: DD (both towers), DS (vision alone) or SD (language alone).
         kl_weight: Share of the loss that is the divergence from the teacher.
         temperature: Of both sides of it.
@@ -72,6 +73,7 @@ class RepairConfig(Run):
     alpha: float = 16.0
     branches: str = "vision,connector,language"
     teacher: str = ""
+    teacher_cache: str = ""
     teacher_kind: str = "DD"
     kl_weight: float = 0.5
     temperature: float = 2.0
@@ -98,6 +100,7 @@ class RepairConfig(Run):
         )
         if self.method == "full" and self.teacher_kind != "DD":
             raise RequestError(f"teacher_kind {self.teacher_kind} needs masked adapters; leave out --method full")
+        self._check_cache()
         if not 0 <= self.kl_weight <= 1:
             raise RequestError(f"kl_weight is {self.kl_weight}; a share of the loss, 0 to 1, is needed")
         if not self.temperature > 0 or not self.alpha > 0:
@@ -108,6 +111,20 @@ class RepairConfig(Run):
         if unknown or not self.chosen:
             raise RequestError(f"branches {self.branches!r} is not accepted{nearest(self.branches, BRANCHES)}")
 
+    def _check_cache(self) -> None:
+        if not self.teacher_cache:
+            return
+        if self.teacher:
+            raise RequestError("teacher and teacher_cache both name a teacher; give one of them")
+        needed = {"positions": "target", "loss_mode": "ours", "teacher_kind": "DD", "feature_weight": 0}
+        for name, only in needed.items():
+            value = getattr(self, name)
+            if value != only:
+                raise RequestError(
+                    f"{name} {value} needs a teacher that runs; a teacher_cache holds the dense model's answers at the "
+                    "tokens with a label"
+                )
+
     @property
     def chosen(self) -> tuple[str, ...]:
         """The branches that get adapters."""
@@ -116,7 +133,8 @@ class RepairConfig(Run):
     @property
     def wanted_teacher(self) -> str:
         """`teacher`, or none where the loss has no use for one."""
-        return self.teacher if self.kl_weight or self.feature_weight else "none"
+        runs = (self.kl_weight or self.feature_weight) and not self.teacher_cache
+        return self.teacher if runs else "none"
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -176,7 +194,12 @@ def _start(config: RepairConfig, part: Path) -> dict[str, Any]:
 
     record = pruned_folder(config.model)
     has_dense(config.model, config.wanted_teacher)
-    encoder = encoder_of(AutoConfig.from_pretrained(config.model), load_processor(config.model), config.max_length)
+    model = AutoConfig.from_pretrained(config.model)
+    if config.teacher_cache:
+        from ressa.teachercache import Cache
+
+        Cache(config.teacher_cache).refuse_others(config, model.get_text_config(decoder=True).vocab_size)
+    encoder = encoder_of(model, load_processor(config.model), config.max_length)
     examples = read(config.data, config.samples, seed=config.seed, skip_bad_rows=config.skip_bad_rows)
     left_out = []
     for i, one in enumerate(examples if config.max_length else examples[:1]):  # lengths are known once encoded
