@@ -89,6 +89,11 @@ def test_every_kind_of_task_with_the_originals_flags(
     losses = [entry["loss"] for entry in log if "loss" in entry]
     assert result["steps"] == len(losses) == 8
     assert min(losses[1:]) < losses[0]
+    reference = log[-1]["reference only"]
+    assert reference == result["reference"]
+    published = {row["published"]: row["source"] for row in reference}
+    assert list(published) == ([82.6, 83.3] if kind == "classification" else [])
+    assert all("abstract; for reference only" in source for source in published.values())
     assert all(entry["balance"] > 0 for entry in log if "balance" in entry)
     expected = {"classification": "accuracy", "clm": "perplexity", "mlm": "perplexity", "qa": "exact_match",
                 "summarization": "rougeL"}  # fmt: skip

@@ -93,7 +93,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """Train as `config` says and write the result; call it in every process of a launcher.
 
     Returns:
-        output, steps, parameters, trainable, seconds, figures: a row each, measured on held-out data, before and after.
+        output, steps, parameters, trainable, seconds; figures: a row each, measured on held-out data, before and after;
+        reference: the paper's figures for this kind of task, see `published`.
 
     Raises:
         RequestError: the request cannot be met; nothing is written.
@@ -190,13 +191,32 @@ def _finish(config: TrainConfig, prepared: dict[str, Any]) -> dict[str, Any]:
     held = read_rows(config.work / "heldout.jsonl")
     after = scored(model, tokenizer, held, config)
     write_model(model, config.output, tokenizer, config.model, overwrite=config.overwrite)
-    atomic_write(config.output / LOG, (config.work / LOG).read_text())
+    reference = published(config.kind)
+    line = json.dumps({"reference only": reference})
+    atomic_write(config.output / LOG, (config.work / LOG).read_text() + line + "\n")
     shutil.rmtree(config.work)
     before = prepared["before"]
     rows = [
         {"figure": k, "before": before[k]["value"], "after": v["value"], "se": v.get("se")} for k, v in after.items()
     ]
-    return {"figures": rows}
+    return {"figures": rows, "reference": reference}
+
+
+def published(kind: str) -> list[dict[str, Any]]:
+    """The paper's figures for this kind of task, to be read beside a result and not as its target.
+
+    They are from the abstract; models, seeds and settings behind them are not published in full. For kinds other than
+    classification none is known for certain, so the list is empty.
+    """
+    from meo.tables import PAPER
+
+    table = PAPER.tables()["levels" if kind == "classification" else "architectures"]
+    titles = table.all_rows()
+    return [
+        {"figure": f"{titles[one.row]}: {table.columns[one.column].header}", "published": one.value,
+         "source": f"{table.source}; {one.provenance}; for reference only"}
+        for one in table.figures if one.shown
+    ]  # fmt: skip
 
 
 train_command = command_of(TrainConfig, train, "Train a model of merged experts, or a baseline, on one device or many.")
