@@ -118,6 +118,29 @@ def test_sparsegpt_harms_the_output_less_than_wanda_on_correlated_inputs() -> No
     assert better >= 19
 
 
+def test_one_block_is_worked_on_at_a_time() -> None:
+    """Beyond the weights and the masks: two blocks and the calibration activations, however deep the model is."""
+    from ressa.bench import example_batch, probe_llava
+
+    from paper_tables.memory import peak_tensor_bytes
+
+    found = []
+    for layers in (2, 6):
+        model = probe_llava(64, 256, layers)
+        batches = [{k: v for k, v in example_batch(model, 1).items() if k != "labels"}] * 4
+        result: dict[str, Any] = {}
+
+        def work(model: Any = model, batches: Any = batches, result: Any = result) -> None:
+            result["masks"] = prune(model, find_branches(model), batches, Pruning("wanda", 0.5)).masks
+
+        peak = peak_tensor_bytes(work) - sum(mask.nbytes for mask in result["masks"].values())
+        block = sum(p.nbytes for p in model.model.language_model.layers[0].parameters())
+        activations = sum(b["input_ids"].numel() * model.config.text_config.hidden_size * 4 for b in batches)
+        assert peak <= 2 * block + activations
+        found.append(peak)
+    assert found[1] <= found[0]
+
+
 def test_padding_changes_no_mask() -> None:
     dense, batches = vlmodels.build("llava")
     plain = pruned(copy.deepcopy(dense), batches, Pruning()).masks

@@ -136,6 +136,7 @@ def test_bench_says_what_adapters_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows["lora"]["time_over_lora"] == rows["lora"]["memory_over_lora"] == 1
     assert rows["naive"]["peak_bytes"] > rows["exact"]["peak_bytes"] > 0
     assert not small.training
+    assert found["seconds_of_cpu_to_prune_zoo_llava"] > 0
     ratios = {row["ratio"]: row for row in found["ratios"]}
     assert len(ratios) == 8
     assert all(row["value"] > 0 for row in ratios.values())

@@ -6,6 +6,7 @@ All times are ratios of medians taken in one process, in turn, on the same batch
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from paper_tables.memory import peak_tensor_bytes
 from paper_tables.timing import interleaved
 from ressa.adapters import attach
 from ressa.branches import Branches, find_branches
+from ressa.encoding import encoder_of
 from ressa.layers import SparseLoraLinear
 from ressa.merging import merge
 from ressa.pruning import Pruning, prune
@@ -180,8 +182,19 @@ def run(name: str = "", *, batch_size: int = 8, rounds: int = 20, dtype: str = "
     merged = latency(base, models["exact"], batch, rounds)
     return {
         "machine": describe(machine()), "tokens": batch["input_ids"].numel(), "rounds": rounds, "steps": rows,
-        "ratios": ratios(seconds, peaks, merged),
+        "ratios": ratios(seconds, peaks, merged), "seconds_of_cpu_to_prune_zoo_llava": pruning_seconds(),
     }  # fmt: skip
+
+
+def pruning_seconds() -> float:
+    """CPU time of `ressa prune zoo:llava` without imports; below 5 is the target."""
+    from ressa import workflow
+
+    began = time.process_time()
+    model, processor, branches = workflow.Where("zoo:llava", "float32").load()
+    batches = workflow.Calibration(batch_size=16).batches(encoder_of(model.config, processor))
+    prune(model, branches, batches, Pruning("wanda", 0.7))
+    return time.process_time() - began
 
 
 def ratios(seconds: dict[str, float], peaks: dict[str, int], merged: float) -> list[dict[str, Any]]:
