@@ -5,6 +5,7 @@ It imports what the extra [train] installs.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -258,26 +259,27 @@ def prepared(config: RepairConfig, base: Any, branches: Any) -> tuple[Any, Teach
 
 def _full(config: RepairConfig, base: Any) -> tuple[Any, Teach | None, Callable[[Path], None]]:
     """All pruned weights are trained, their zeros kept; the teacher is a copy, since the weights themselves move."""
-    import copy
-
     from ressa import merging
 
     model = base.model
-    teacher = copy.deepcopy(model).eval().requires_grad_(False) if base.dense else None
-    for path, weight in base.held.items() if base.dense else ():
-        teacher.get_submodule(path).weight.data.copy_(weight)
+    teach = _copied(model, base.held) if base.dense else None
     apply_masks(model, base.masks)
     mask_gradients(model, base.masks)
-
-    def teach(inputs: dict[str, Tensor]) -> Any:
-        return teacher(**inputs, use_cache=False)
 
     def write(folder: Path) -> None:
         apply_masks(model, base.masks)
         if is_main_process():
             merging.save(model, folder, base.processor)
 
-    return model, teach if base.dense else None, write
+    return model, teach, write
+
+
+def _copied(model: Any, held: dict[str, Tensor]) -> Teach:
+    """A copy of the model, with these weights, as its teacher."""
+    teacher = copy.deepcopy(model).eval().requires_grad_(False)
+    for path, weight in held.items():
+        teacher.get_submodule(path).weight.data.copy_(weight)
+    return lambda inputs: teacher(**inputs, use_cache=False)
 
 
 @torch.no_grad()

@@ -19,7 +19,10 @@ def _settings(
     ] = None,
     api_key_env: Annotated[str, typer.Option(help="Environment variable that holds the key.")] = "OPENAI_API_KEY",
     api_key_file: Annotated[Path | None, typer.Option(help="File that holds the key, instead.")] = None,
-    backend: Annotated[str, typer.Option(help="server, batch (the batch API) or local (in this process).")] = "server",
+    backend: Annotated[
+        str, typer.Option(help="server, batch (the batch API), local or vllm (in this process), ray or ray-http.")
+    ] = "server",
+    workers: Annotated[int, typer.Option(min=1, help="Of a Ray cluster: vLLM engines, or callers of servers.")] = 1,
     concurrency: Annotated[int, typer.Option(min=1, help="Most requests in flight.")] = 32,
     timeout: Annotated[float, typer.Option(help="Seconds of one attempt.")] = 120.0,
     attempts: Annotated[int, typer.Option(min=1, help="Attempts for each request.")] = 8,
@@ -42,8 +45,9 @@ def _settings(
     return lambda output: {
         "journal": journal or output.with_name(f"{output.name}.journal"),
         "base_url": tuple(base_url or ("https://api.openai.com/v1",)),
-        "key_variable": api_key_env, "key_file": api_key_file, "backend": backend, "concurrency": concurrency,
-        "timeout": timeout, "attempts": attempts, "requests_per_minute": rpm, "tokens_per_minute": tpm,
+        "key_variable": api_key_env, "key_file": api_key_file, "backend": backend, "workers": workers,
+        "concurrency": concurrency, "timeout": timeout, "attempts": attempts, "requests_per_minute": rpm,
+        "tokens_per_minute": tpm,
         "prices": read_yaml(prices) if prices else {}, "max_cost": max_cost or None, "max_tokens": max_tokens or None,
         "max_requests": max_requests or None, "structured": structured, "writer": writer, "fsync_each": fsync == "each",
     }  # fmt: skip

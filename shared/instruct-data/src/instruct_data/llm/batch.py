@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from instruct_data.journal import Journal, content_key
 from model_hooks.errors import RequestError
 
 from .errors import ServiceFailed
-from .gathered import Gathered
+from .gathered import Gathered, Sleep
 from .request import Reply, Request, reply_of
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 MOST = 50_000  # requests of one batch
 ENDED = ("completed", "failed", "expired", "cancelled")
-Sleep = Callable[[float], Awaitable[None]]
 
 
 class BatchEndpoint(Gathered):
@@ -42,7 +41,7 @@ class BatchEndpoint(Gathered):
         self._answers: dict[str, Reply] = {}
         self._resumed = False
 
-    async def run(self, requests: Sequence[Request], sleep: Sleep) -> Sequence[Reply]:
+    async def run(self, requests: Sequence[Request], sleep: Sleep) -> AsyncIterator[tuple[int, Reply]]:
         if not self._resumed:
             self._resumed = True
             for number, id in enumerate(_journalled(self.journal)):
@@ -55,9 +54,8 @@ class BatchEndpoint(Gathered):
             number, id = await self._submit(missing)
             errors |= await self._collect(number, id, sleep)
         lost = Reply(None, error="the batch ended without it")
-        return [
-            self._answers.pop(r.key, Reply(None, error=errors[r.key]) if r.key in errors else lost) for r in requests
-        ]
+        for place, r in enumerate(requests):
+            yield place, self._answers.pop(r.key, Reply(None, error=errors[r.key]) if r.key in errors else lost)
 
     async def _submit(self, requests: Sequence[Request]) -> tuple[int, str]:
         """Upload and start a batch; returns its number in the journal, and its id."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 from .request import Reply, Request
 
 Waiting = tuple[Request, "asyncio.Future[Reply]"]
+Sleep = Callable[[float], Awaitable[None]]
 
 
 class Gathered(ABC):
@@ -22,12 +23,10 @@ class Gathered(ABC):
         self._worker: asyncio.Task[None] | None = None
 
     @abstractmethod
-    async def run(self, requests: Sequence[Request], sleep: Callable[[float], Awaitable[None]]) -> Sequence[Reply]:
-        """A reply for each request, in their order."""
+    def run(self, requests: Sequence[Request], sleep: Sleep) -> AsyncIterator[tuple[int, Reply]]:
+        """A reply for each request, with its place among them, as they come: each is journalled at once."""
 
-    async def complete(
-        self, request: Request, may_send: Callable[[], None], sleep: Callable[[float], Awaitable[None]]
-    ) -> Reply:
+    async def complete(self, request: Request, may_send: Callable[[], None], sleep: Sleep) -> Reply:
         may_send()
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._waiting.append((request, future))
@@ -36,20 +35,22 @@ class Gathered(ABC):
             self._worker = asyncio.create_task(self._work(sleep))
         return await future
 
-    async def _work(self, sleep: Callable[[float], Awaitable[None]]) -> None:
+    async def _work(self, sleep: Sleep) -> None:
         while self._waiting:
             await self._quiet()
             batch, self._waiting = self._waiting[: self.concurrency], self._waiting[self.concurrency :]
             try:
-                replies = await self.run([request for request, _ in batch], sleep)
+                async for place, reply in self.run([request for request, _ in batch], sleep):
+                    batch[place][1].set_result(reply)
+                    await asyncio.sleep(0)
+                if any(not future.done() for _, future in batch):
+                    raise RuntimeError(f"{type(self).__name__} left requests without a reply; please report it")
             except Exception as error:
                 for _, future in batch + self._waiting:
-                    future.set_exception(error)
+                    if not future.done():
+                        future.set_exception(error)
                 self._waiting = []
                 return
-            for (_, future), reply in zip(batch, replies, strict=True):
-                future.set_result(reply)
-            await asyncio.sleep(0)
 
     async def _quiet(self) -> None:
         while len(self._waiting) < self.concurrency:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from model_hooks.errors import RequestError
 
-from .gathered import Gathered
+from .gathered import Gathered, Sleep
 from .request import Reply, Request, Usage
 
 ACCEPTED = {"temperature", "top_p", "max_tokens", "seed", "stop"}
@@ -31,9 +31,8 @@ class LocalModel(Gathered):
         super().__init__(most=32 * batch_size, linger=0.05)
         self.model, self.tokenizer, self.batch_size, self.max_tokens = model, tokenizer, batch_size, max_tokens
 
-    async def run(self, requests: Sequence[Request], sleep: Callable[[float], Awaitable[None]]) -> Sequence[Reply]:
+    async def run(self, requests: Sequence[Request], sleep: Sleep) -> AsyncIterator[tuple[int, Reply]]:
         prompts = [self._prompt(request) for request in requests]
-        replies: list[Reply] = [Reply(None)] * len(requests)
         order = sorted(range(len(requests)), key=lambda i: (_how(requests[i]), len(prompts[i])))
         while order:
             how = _how(requests[order[0]])
@@ -42,9 +41,8 @@ class LocalModel(Gathered):
                 same = same[:1]  # each is drawn by its own seed
             order = order[len(same) :]
             answers = await asyncio.to_thread(self._generate, [prompts[i] for i in same], requests[same[0]])
-            for i, reply in zip(same, answers):
-                replies[i] = reply
-        return replies
+            for place, reply in zip(same, answers):
+                yield place, reply
 
     def _prompt(self, request: Request) -> list[int]:
         unknown = set(request.sampling) - ACCEPTED
@@ -67,7 +65,7 @@ class LocalModel(Gathered):
         drawn = bool(sampling.get("temperature"))
         how: dict[str, Any] = {"do_sample": drawn}
         if drawn:
-            torch.manual_seed(int(request.key[:15], 16) ^ int(sampling.get("seed") or 0))
+            torch.manual_seed(request.seed)
             how |= {"temperature": float(sampling["temperature"]), "top_p": float(sampling.get("top_p") or 1.0)}
         if sampling.get("stop"):
             how |= {"stop_strings": sampling["stop"], "tokenizer": self.tokenizer}

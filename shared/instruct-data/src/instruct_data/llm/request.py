@@ -35,6 +35,11 @@ class Request:
         made = {f.name: getattr(self, f.name) for f in fields(self)}
         return content_key({**made, "messages": [dict(message) for message in self.messages]})
 
+    @property
+    def seed(self) -> int:
+        """What this request is sampled by: of its content, so that a run that goes on gives the same answers."""
+        return int(self.key[:15], 16) ^ int(self.sampling.get("seed") or 0)
+
     def candidates(self, count: int) -> list[Request]:
         """This request and `count - 1` more like it."""
         return [replace(self, candidate=number) for number in range(count)]

@@ -18,13 +18,16 @@ from .endpoint import Endpoint, read_key
 from .request import Request
 from .structured import Form, ParseError
 
+BACKENDS = ("server", "batch", "local", "vllm", "ray", "ray-http")
+
 
 @dataclass(frozen=True)
 class Service:
     """Where the models are: an endpoint, its key, its limits, and where everything that was answered is kept.
 
-    method: whose journal it is; another method's is refused. prices: as of `Prices`. structured: auto, schema or
-        labels.
+    method: whose journal it is; another method's is refused. backend: server, batch (the batch API), local or vllm (in
+        this process), ray (vLLM engines on a Ray cluster) or ray-http (servers, from a Ray cluster), with so many
+        `workers`. prices: as of `Prices`. structured: auto, schema or labels.
     """
 
     journal: Path
@@ -42,13 +45,14 @@ class Service:
     max_cost: float | None = None
     max_tokens: int | None = None
     max_requests: int | None = None
+    workers: int = 1
     structured: str = "auto"
     writer: str = "0"
     fsync_each: bool = False
 
     def __post_init__(self) -> None:
         for name, value, known in (
-            ("backend", self.backend, ("server", "batch", "local")),
+            ("backend", self.backend, BACKENDS),
             ("structured", self.structured, ("auto", "schema", "labels")),
         ):
             if value not in known:
@@ -79,6 +83,18 @@ class Service:
 
             key = read_key(self.key_variable, self.key_file)
             return BatchEndpoint(AsyncOpenAI(api_key=key, base_url=self.base_url[0]), journal)
+        if self.backend == "vllm":
+            from .vllm_model import VllmModel
+
+            return VllmModel(model)
+        if self.backend in ("ray", "ray-http"):
+            from .ray_data import RayData
+
+            urls = self.base_url if self.backend == "ray-http" else ()
+            return RayData(
+                model, urls, read_key(self.key_variable, self.key_file), workers=self.workers,
+                concurrency=self.concurrency, attempts=self.attempts,
+            )  # fmt: skip
         from model_hooks.loading import load_placed
 
         from .local import LocalModel

@@ -1,0 +1,63 @@
+"""A model in this process, by vLLM, which batches by itself: no server, the same journal and the same replies.
+
+vLLM is installed by its user (`pip install vllm`), in an environment without llm-compressor: both want one version of
+compressed-tensors, and not the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from model_hooks.errors import RequestError
+
+from .gathered import Gathered, Sleep
+from .request import Reply, Request, Usage
+
+MOST = 2048  # requests of one call; replies are journalled when it ends
+ACCEPTED = {"temperature", "top_p", "max_tokens", "seed", "stop", "presence_penalty", "frequency_penalty"}
+
+
+class VllmModel(Gathered):
+    """Answers with `vllm.LLM.chat`, a schema by structured outputs.
+
+    model: Hub id or folder. max_tokens: of an answer where the request says nothing. options: of `vllm.LLM`. A request
+    is sampled with a seed of its own content. Raises `RequestError` where vLLM is missing, and for sampling fields that
+    are not known here.
+    """
+
+    def __init__(self, model: str, *, max_tokens: int = 512, most: int = MOST, **options: Any) -> None:
+        try:
+            import vllm
+        except ImportError:
+            raise RequestError(
+                "the backend vllm needs vLLM: pip install vllm (without llm-compressor beside it)"
+            ) from None
+        super().__init__(most, linger=0.05)
+        self.vllm, self.model, self.max_tokens = vllm, vllm.LLM(model=model, **options), max_tokens
+
+    async def run(self, requests: Sequence[Request], sleep: Sleep) -> AsyncIterator[tuple[int, Reply]]:
+        how = [self._sampling(request) for request in requests]
+        messages = [[dict(message) for message in request.messages] for request in requests]
+        began = time.monotonic()
+        found = await asyncio.to_thread(self.model.chat, messages, sampling_params=how, use_tqdm=False)
+        seconds = round(time.monotonic() - began, 3)
+        for place, one in enumerate(found):
+            said = one.outputs[0]
+            usage = Usage(len(one.prompt_token_ids or ()), len(said.token_ids), one.num_cached_tokens or 0)
+            yield place, Reply(said.text, said.finish_reason or "", usage, requests[place].model, seconds=seconds)
+
+    def _sampling(self, request: Request) -> Any:
+        unknown = set(request.sampling) - ACCEPTED
+        if unknown:
+            raise RequestError(
+                f"the backend vllm cannot take {', '.join(sorted(unknown))}; it takes {sorted(ACCEPTED)}"
+            )
+        how: dict[str, Any] = {"temperature": 0.0, "max_tokens": self.max_tokens, **request.sampling}
+        if how["temperature"]:
+            how["seed"] = request.seed
+        if request.schema is not None:
+            how["structured_outputs"] = self.vllm.sampling_params.StructuredOutputsParams(json=dict(request.schema))
+        return self.vllm.SamplingParams(**how)
