@@ -146,7 +146,23 @@ def test_bench_times_both_sides(folder: Path) -> None:
     found = said("bench", folder, "--context", 16, "--new-tokens", 2, "--rounds", 3, "-o", "bench.json")
     assert [row["model"] for row in found["speed"]] == ["6 of 8 experts", "1 MoE layers dropped", "1 blocks dropped"]
     assert all(row["parameters"] < 1 < 100 * row["decode"] for row in found["speed"])
-    assert found["score_over_eager_forward"] > 0
+    assert [row["target"] for row in found["scoring"]] == ["at most 2", "at least 3"]
+    assert all(row["ratio"] > 0 for row in found["scoring"])
+
+
+def test_experts_as_linears_are_the_same_function_and_are_seen() -> None:
+    from moe_compress.bench import LinearExperts, probe_mixtral
+
+    layer = moe_layers(anatomy(probe_mixtral(1, 64, 6)))[0]
+    x = torch.randn(20, 64, generator=torch.Generator().manual_seed(0))
+    _, weights, chosen = layer.router(x)
+    split = LinearExperts(layer.bank)
+    with torch.no_grad():
+        assert torch.allclose(split(x, chosen, weights), layer.bank(x, chosen, weights), atol=1e-6)
+    for number, (gate, _, down) in enumerate(split.experts):
+        mine = x[(chosen == number).any(-1)].double()
+        assert torch.allclose(split.sums[gate][0], mine.square().sum(0))
+        assert split.sums[down][1] > 0
 
 
 def test_what_is_wrong_is_one_line_and_leaves_nothing(folder: Path, scores: Path) -> None:

@@ -6,13 +6,15 @@ All times are ratios of medians taken in one process, in turn.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from model_hooks import anatomy
-from model_hooks.experts import moe_layers
+from model_hooks.experts import moe_layers, watching_experts
+from model_hooks.watch import watch
 from moe_compress.selection import Plan
 from moe_compress.trimming import apply
 from paper_tables.probe import speed, token_ids
@@ -64,21 +66,79 @@ def bench_speed(
     ]  # fmt: skip
 
 
-def bench_stats(model: Any, *, samples: int = 8, length: int = 128, rounds: int = 5) -> dict[str, float]:
-    """Time of the scoring pass over that of plain forwards of the same data with eager experts."""
-    from moe_compress.scores import score
+def bench_stats(model: Any, *, samples: int = 8, length: int = 128, rounds: int = 5) -> list[dict[str, Any]]:
+    """Time of the scoring pass beside plain forwards, and, at 64 experts, beside hooks on experts that are Linears."""
+    many = probe_mixtral(2, 64, 64)
+    own, small = passes(model, samples, length), passes(many, samples, length)
+    own.pop("hooks")
+    timed = interleaved(own, rounds=rounds, warmup=1, base="eager")
+    hooked = interleaved(small, rounds=rounds, warmup=1, base="hooks")
+    return [
+        {"pass": "scoring / eager forwards", "ratio": 1 / timed["score"].speedup, "target": "at most 2"},
+        {"pass": "hooks on every Linear / scoring, 64 experts", "ratio": hooked["score"].speedup,
+         "target": "at least 3"},
+    ]  # fmt: skip
 
-    ids = token_ids(model, samples, length)
+
+def passes(model: Any, samples: int, length: int) -> dict[str, Callable[[], None]]:
+    """The same data through the experts function as it is, through the watched one, and through experts made Linears
+    with a hook on each, as code from before fused experts does it."""
+    from moe_compress.stats import TrimStats
+
+    ids, parts = token_ids(model, samples, length), anatomy(model)
+    layers, split = moe_layers(parts), copy.deepcopy(model)
+    model.set_experts_implementation("eager")
+    for layer in moe_layers(anatomy(split)):
+        name = next(name for name, child in layer.module.named_children() if child is layer.bank)
+        setattr(layer.module, name, LinearExperts(layer.bank))
 
     @torch.no_grad()
-    def eager() -> None:
+    def plain(which: Any) -> None:
         for part in ids.split(4):
-            model(input_ids=part, use_cache=False)
+            which(input_ids=part, use_cache=False)
 
-    model.set_experts_implementation("eager")
-    timed = interleaved({"eager": eager, "score": lambda: score(model, ids)}, rounds=rounds, warmup=1)
-    model.set_experts_implementation("grouped_mm")
-    return {"score_over_eager_forward": 1 / timed["score"].speedup}
+    def score() -> None:
+        experts = max(layer.num_experts for layer in layers)
+        watcher = TrimStats(len(parts.blocks), model.config.get_text_config().hidden_size, experts)
+        with watching_experts(model, layers, watcher):
+            watch(model, ids, watcher, batch_size=4)
+
+    return {"eager": lambda: plain(model), "hooks": lambda: plain(split), "score": score}
+
+
+class LinearExperts(nn.Module):
+    """Fused experts as three Linears each, whose hooks sum squares of inputs and sizes of outputs."""
+
+    def __init__(self, bank: Any) -> None:
+        super().__init__()
+        half, self.act = bank.down_proj.shape[-1], bank.act_fn
+        weights = [(up[:half], up[half:], down) for up, down in zip(bank.gate_up_proj, bank.down_proj)]
+        self.experts = nn.ModuleList(nn.ModuleList(map(_linear, three)) for three in weights)
+        self.sums: dict[nn.Module, list[Tensor]] = {}
+        for module in self.experts.modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_hook(self._seen)
+
+    def _seen(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        found = [inputs[0].double().square().sum(0), torch.linalg.vector_norm(output.float(), dim=-1).double().sum()]
+        before = self.sums.get(module)
+        self.sums[module] = found if before is None else [a + b for a, b in zip(before, found)]
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """[T, d], [T, k], [T, k] -> [T, d]."""
+        out = torch.zeros_like(hidden_states)
+        for number, (gate, up, down) in enumerate(self.experts):  # type: ignore[misc]
+            tokens, places = torch.where(top_k_index == number)
+            if len(tokens):
+                x = hidden_states[tokens]
+                out.index_add_(0, tokens, down(self.act(gate(x)) * up(x)) * top_k_weights[tokens, places, None])
+        return out
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    made.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    return made
 
 
 def run(model: Any, *, context: int = 256, new_tokens: int = 16, rounds: int = 7) -> dict[str, Any]:
@@ -88,4 +148,4 @@ def run(model: Any, *, context: int = 256, new_tokens: int = 16, rounds: int = 7
     plans = usual_plans(model)
     rows = bench_speed(model, plans, context=context, new_tokens=new_tokens, rounds=rounds)
     found = {"machine": describe(machine()), "context": context, "new_tokens": new_tokens}
-    return {**found, **bench_stats(model, rounds=max(3, rounds // 2)), "speed": rows}
+    return {**found, "scoring": bench_stats(model, rounds=max(3, rounds // 2)), "speed": rows}
