@@ -127,7 +127,8 @@ class LinearExperts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """[T, d], [T, k], [T, k] -> [T, d]."""
         out = torch.zeros_like(hidden_states)
-        for number, (gate, up, down) in enumerate(self.experts):  # type: ignore[misc]
+        for number, three in enumerate(self.experts):
+            gate, up, down = three.children()
             tokens, places = torch.where(top_k_index == number)
             if len(tokens):
                 x = hidden_states[tokens]
