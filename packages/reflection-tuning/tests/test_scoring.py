@@ -183,10 +183,10 @@ def test_what_versions_share_is_forwarded_once(loaded: tuple[Any, Any]) -> None:
 def out_of_memory(limit: int, poison: int) -> Callable[..., Any]:
     real = Losses.__call__
 
-    def call(self: Losses, segments: Any) -> Any:
+    def call(self: Losses, segments: Any, *parts: Any) -> Any:
         if len(segments) > limit or any(poison in list(s.ids) for s in segments):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(self, segments)
+        return real(self, segments, *parts)
 
     return call
 

@@ -73,15 +73,15 @@ class Killed(BaseException):
 @pytest.fixture
 def half(job: list[str], monkeypatch: pytest.MonkeyPatch) -> Path:
     """What is left of a run that was stopped after some of its batches: `scores.parquet` is to be."""
-    real = Forward._losses
+    real = Forward._together
 
-    def stop(self: Forward, places: Any) -> Any:
+    def stop(self: Forward, batches: Any) -> Any:
         if self.facts["forwarded"] > 150:
             raise Killed
-        return real(self, places)
+        return real(self, batches)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Forward, "_losses", stop)
+        patch.setattr(Forward, "_together", stop)
         with pytest.raises(Killed):
             call(*job)
     output = Path("scores.parquet")

@@ -19,17 +19,19 @@ from typing import Any
 
 import scoring_reference as reference
 
-from instruct_data.scoring import merge, score
+from instruct_data.scoring import batches, merge, score
 from instruct_data.scoring.losses import Losses
+
+BUDGET, HANDFUL = 64, 256  # padded tokens of a batch, and of those that share a pass through the head
 
 
 def live(folder: Path, log: int, rank: int, world: int) -> None:
     """One life: slow forwards, each noted once it is done and before its sums can be journalled."""
     real = Losses.__call__
 
-    def noted(self: Losses, segments: Any) -> Any:
+    def noted(self: Losses, segments: Any, *parts: Any) -> Any:
         time.sleep(0.02)
-        found = real(self, segments)
+        found = real(self, segments, *parts)
         names = [f"{segment.first}:{','.join(map(str, segment.ids))}" for segment in segments]
         os.write(log, (json.dumps(names) + "\n").encode())
         return found
@@ -37,7 +39,8 @@ def live(folder: Path, log: int, rank: int, world: int) -> None:
     Losses.check = lambda self, segments: None  # type: ignore[method-assign]
     Losses.__call__ = noted  # type: ignore[method-assign]
     pairs, model = reference.some_pairs(90), reference.model()
-    score(model, reference.tokenizer(), pairs, max_length=128, budget=256, folder=folder, rank=rank, world=world)
+    batches.HANDFUL = HANDFUL
+    score(model, reference.tokenizer(), pairs, max_length=128, budget=BUDGET, folder=folder, rank=rank, world=world)
 
 
 def await_growth(log: int, batches: int) -> None:
@@ -67,10 +70,10 @@ def main(folder: Path, kills: int, world: int) -> None:
                 time.sleep(rng.uniform(0, 0.03))
                 os.kill(child, signal.SIGKILL)
             hits += os.WIFSIGNALED(os.waitpid(child, 0)[1])
-    batches = [json.loads(line) for line in folder.with_suffix(".log").read_text().splitlines()]
-    forwarded = Counter(name for batch in batches for name in batch)
+    noted = [json.loads(line) for line in folder.with_suffix(".log").read_text().splitlines()]
+    forwarded = Counter(name for batch in noted for name in batch)
     merge(folder)
-    print(json.dumps({"hits": hits, "forwarded": list(forwarded.values()), "largest": max(map(len, batches))}))
+    print(json.dumps({"hits": hits, "forwarded": list(forwarded.values()), "largest": max(map(len, noted))}))
 
 
 if __name__ == "__main__":

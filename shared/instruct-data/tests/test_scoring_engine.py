@@ -194,11 +194,11 @@ def test_memory_that_runs_out_halves_the_batch(
 ) -> None:
     real, refused = Losses.__call__, []
 
-    def limited(self: Losses, segments: Any) -> Any:
+    def limited(self: Losses, segments: Any, *parts: Any) -> Any:
         if len(segments) * max(len(s.ids) for s in segments) > 300 and len(segments) > 1:
             refused.append(len(segments))
             raise error
-        return real(self, segments)
+        return real(self, segments, *parts)
 
     monkeypatch.setattr(Losses, "check", lambda *a: None)
     monkeypatch.setattr(Losses, "__call__", limited)
@@ -214,10 +214,10 @@ def test_a_record_that_never_fits_fails_alone_and_is_tried_again(
     real = Losses.__call__
     longest = max(row["n_cond"] for row in rows)
 
-    def limited(self: Losses, segments: Any) -> Any:
+    def limited(self: Losses, segments: Any, *parts: Any) -> Any:
         if any(segment.targets == longest for segment in segments):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(self, segments)
+        return real(self, segments, *parts)
 
     with monkeypatch.context() as patched:
         patched.setattr(Losses, "check", lambda *a: None)
@@ -235,7 +235,7 @@ def test_a_record_that_never_fits_fails_alone_and_is_tried_again(
 
 
 def test_other_errors_are_not_taken_for_missing_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(self: Losses, segments: Any) -> Any:
+    def broken(self: Losses, segments: Any, *parts: Any) -> Any:
         raise RuntimeError("device-side assert")
 
     monkeypatch.setattr(Losses, "check", lambda *a: None)
@@ -277,10 +277,10 @@ def test_going_on_with_other_settings_is_refused(tmp_path: Path, changes: dict[s
         run(PAIRS[:3], folder=tmp_path, **{"settings": {"template": "none"}, **changes})
 
 
-@pytest.mark.parametrize(("room", "journalled"), [(3_000, False), (15_000, True)])
+@pytest.mark.parametrize(("room", "journalled"), [(3_000, False), (50_000, True)])
 def test_a_full_disk_is_named_and_the_run_goes_on_later(tmp_path: Path, room: int, journalled: bool) -> None:
     """The kernel refuses, by a limit on the size of files: those of the tokens first, with more room the journal."""
-    pairs = [Pair(f"r{i}", f"{i}\n", f"a {i} b") for i in range(90)]
+    pairs = [Pair(f"r{i}", f"{i}\n", f"a {i} b") for i in range(300)]
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
     try:
@@ -301,6 +301,18 @@ def test_progress_counts_tokens_to_the_end() -> None:
     assert seen[-1] == (facts["tokens"], facts["tokens"])
 
 
+def test_the_activation_is_put_back_and_gives_the_models_numbers() -> None:
+    from transformers.activations import NewGELUActivation
+
+    model = reference.model()
+    run(PAIRS[:3], model)
+    activations = [m for m in model.modules() if isinstance(m, NewGELUActivation)]
+    assert activations
+    assert not any("forward" in m.__dict__ for m in activations)
+    x = torch.linspace(-8, 8, 4001)
+    assert torch.allclose(activations[0](x), torch.nn.functional.gelu(x, approximate="tanh"), atol=2e-6)
+
+
 def test_no_pairs_give_no_rows() -> None:
     assert list(run([])) == []
     assert [row["status"] for row in run([Pair("a", "x\n", "")])] == ["empty_response"]
@@ -312,7 +324,9 @@ def test_memory_grows_by_tables_and_not_by_texts(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("instruct_data.scoring.shards.WINDOW", 256)
     monkeypatch.setattr("instruct_data.scoring.engine.WINDOW", 256)
     monkeypatch.setattr(Losses, "check", lambda *a: None)
-    monkeypatch.setattr(Losses, "__call__", lambda self, segments: np.array([float(s.targets) for s in segments]))
+    monkeypatch.setattr(
+        Losses, "__call__", lambda self, segments, *parts: np.array([float(s.targets) for s in segments])
+    )
 
     def peak(count: int) -> int:
         pairs = (Pair(f"r{i}", f"{i} " + "word " * 15 + "\n", f"{i} " + "other " * 15) for i in range(count))

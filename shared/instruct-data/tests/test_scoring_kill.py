@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import scoring_reference as reference
+from scoring_kill import BUDGET, HANDFUL
 
 from instruct_data.scoring import merge, score
 
 
 @pytest.mark.slow
-def test_killed_at_ten_random_times(tmp_path: Path) -> None:
+def test_killed_at_ten_random_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kills, world, folder = 5, 2, tmp_path / "run"
     script = Path(__file__).with_name("scoring_kill.py")
     command = [sys.executable, str(script), str(folder), str(kills), str(world)]
@@ -22,7 +23,8 @@ def test_killed_at_ten_random_times(tmp_path: Path) -> None:
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["hits"] >= kills * world // 2  # most kills came before the end
 
-    quiet, options = tmp_path / "quiet", {"max_length": 128, "budget": 256, "world": world}
+    monkeypatch.setattr("instruct_data.scoring.batches.HANDFUL", HANDFUL)
+    quiet, options = tmp_path / "quiet", {"max_length": 128, "budget": BUDGET, "world": world}
     for rank in range(world):
         score(reference.model(), reference.tokenizer(), reference.some_pairs(90), folder=quiet, rank=rank, **options)
     assert (folder / "scores" / "rows.arrow").read_bytes() == (merge(quiet).folder / "rows.arrow").read_bytes()

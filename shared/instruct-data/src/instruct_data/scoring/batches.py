@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 Batching = Literal["padded", "equal_length", "one_by_one"]
 
 CPU_BUDGET, GPU_BUDGET = 256, 32768  # on CPUs larger batches leave the caches
+HANDFUL = 1024  # padded tokens whose targets go through the head together; a larger batch goes alone
 CPU_CANDIDATES = (128, 256, 512, 1024, 2048)
 GPU_CANDIDATES = (4096, 8192, 16384, 32768, 65536)
 PROBE_SECONDS = 5.0
@@ -28,6 +29,20 @@ def plan(lengths: NDArray[np.int64], budget: int, batching: Batching = "padded")
             stop = start + int(np.searchsorted(-lengths[start:stop], -longest, side="right"))
         yield range(start, stop)
         start = stop
+
+
+def handfuls(lengths: NDArray[np.int64], batches: Iterable[range]) -> Iterator[list[range]]:
+    """Consecutive batches of `HANDFUL` padded tokens in all, at least; the last may be of fewer."""
+    held: list[range] = []
+    tokens = 0
+    for batch in batches:
+        held.append(batch)
+        tokens += len(batch) * int(lengths[batch.start])
+        if tokens >= HANDFUL:
+            yield held
+            held, tokens = [], 0
+    if held:
+        yield held
 
 
 def tune(

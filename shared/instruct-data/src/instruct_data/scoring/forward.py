@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from instruct_data.journal import Journal, content_key
 
-from .batches import CPU_BUDGET, CPU_CANDIDATES, GPU_BUDGET, GPU_CANDIDATES, plan, tune
+from .batches import CPU_BUDGET, CPU_CANDIDATES, GPU_BUDGET, GPU_CANDIDATES, handfuls, plan, tune
 from .heads import Heads
 from .losses import SAMPLES, Losses
 from .segments import Segments
@@ -73,22 +73,37 @@ class Forward:
         self.facts.update(now)
 
     def run(self, progress: Progress | None = None) -> None:
-        """Forward what is pending. A batch is one append: after a kill it is there whole, or is forwarded again."""
+        """Forward what is pending. What shares the head is one append: after a kill it is there whole, or is forwarded
+        again."""
         lengths, done, began = self.segments.lengths, 0, time.perf_counter()
-        for batch in plan(lengths, self.facts["budget"], self.losses.batching) if self._pending.any() else ():
-            todo = [place for place in batch if self._pending[place]]
+        batches = plan(lengths, self.facts["budget"], self.losses.batching) if self._pending.any() else ()
+        for together in handfuls(lengths, batches):
+            wanted = [[place for place in batch if self._pending[place]] for batch in together]
+            todo = [place for batch in wanted for place in batch]
             if todo:
-                self.sums[todo] = found = self._losses(todo)
+                self.sums[todo] = found = self._together([batch for batch in wanted if batch])
                 entries = ((self.segments.key(place), float(value)) for place, value in zip(todo, found))
                 self.journal.extend((key, {"loss_sum": value}) for key, value in entries if np.isfinite(value))
                 self.facts["forwarded"] += len(todo)
                 self.facts["forwarded_tokens"] += int(lengths[todo].sum())
-            done += int(lengths[batch.start : batch.stop].sum())
+            done += int(lengths[together[0].start : together[-1].stop].sum())
             if progress:
                 progress(done, self.facts["tokens"])
         self.sums[~np.isfinite(self.sums)] = np.nan
         self.facts["forwarded_tokens"] -= self.losses.spared - self.losses.heads.forwarded
         self.facts["forward_seconds"] = round(time.perf_counter() - began, 3)
+
+    def _together(self, batches: Sequence[Sequence[int]]) -> Sums:
+        """Summed losses of batches that share a pass through the head; each by itself where memory runs out."""
+        if len(batches) > 1:
+            ends = np.cumsum([len(batch) for batch in batches]).tolist()
+            parts = [slice(start, end) for start, end in zip([0, *ends], ends)]
+            try:
+                return self.losses([self.segments.segment(p) for batch in batches for p in batch], parts)
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+        return np.concatenate([self._losses(batch) for batch in batches])
 
     def _losses(self, places: Sequence[int]) -> Sums:
         """Summed losses; a batch that does not fit into memory is halved, a single segment that does not is NaN."""

@@ -65,14 +65,33 @@ class Losses:
         return f"{head}, {batching[self.batching]}"
 
     @torch.inference_mode()
-    def __call__(self, segments: Sequence[Segment]) -> NDArray[np.float64]:
-        found = np.empty(len(segments), np.float64)
-        for number, places in self.heads.groups(segments):
-            found[places] = self._losses([segments[place] for place in places], number)
-        return found
+    def __call__(self, segments: Sequence[Segment], parts: Sequence[slice] = (slice(None),)) -> NDArray[np.float64]:
+        """The base model takes one part after the other, a linear head the targets of all of them together: on a CPU
+        the first is fastest with few tokens, which stay in the caches, the second with many, which share its matrix."""
+        sums = np.zeros(len(segments), np.float64)
 
-    def _losses(self, segments: Sequence[Segment], number: int = -1) -> NDArray[np.float64]:
-        """Summed losses of segments that all begin with the head `number`, -1 for none."""
+        def add(places: NDArray[np.int64], losses: Tensor) -> None:
+            sums[:] += np.bincount(places, losses.double().cpu().numpy(), len(segments))
+
+        linear = LinearHead.of(self.model) if self.head == "linear" else None
+        waiting: list[tuple[NDArray[np.int64], Tensor, Tensor]] = []
+        for part in parts:
+            chosen = np.arange(len(segments))[part]
+            for number, members in self.heads.groups([segments[place] for place in chosen]):
+                own = chosen[members]
+                rows, hidden, targets, output = self._hidden([segments[place] for place in own], number)
+                if linear:
+                    waiting.append((own[rows], hidden, targets))
+                else:
+                    add(own[rows], self._logit_losses(hidden, targets, output))
+        if linear and waiting:
+            places, found, wanted = zip(*waiting)
+            add(np.concatenate(places), linear.losses(torch.cat(found), torch.cat(wanted)))
+        return sums
+
+    def _hidden(self, segments: Sequence[Segment], number: int) -> tuple[NDArray[np.int64], Tensor, Tensor, Any]:
+        """Of segments that all begin with the head `number` (-1: none), for each target: its segment, the hidden state
+        [hidden_size] that predicts it (logits [vocab_size] where all are computed), its token; the base's output."""
         cached, skip = {}, 0
         if number >= 0:
             skip = len(self.heads.ids[number])
@@ -85,14 +104,11 @@ class Losses:
         if self.head == "whole":
             output = None
             found = self.model(input_ids=given, use_cache=False).logits
-            found = found[at.to(found.device), before.to(found.device)]  # [targets, vocab_size]
         else:
             output = self.base(input_ids=given, use_cache=bool(cached), **cached)
-            found = output[0][at.to(output[0].device), before.to(output[0].device)]  # [targets, hidden_size]
-        linear = LinearHead.of(self.model) if self.head == "linear" else None
-        losses = linear.losses(found, targets) if linear else self._logit_losses(found, targets, output)
+            found = output[0]
         self.spared += skip * len(segments)
-        return np.bincount(rows.numpy(), losses.double().cpu().numpy(), len(segments)).astype(np.float64)
+        return rows.numpy(), found[at.to(found.device), before.to(found.device)], targets, output
 
     def _logit_losses(self, found: Tensor, targets: Tensor, output: Any) -> Tensor:
         """Losses [targets] by logits, which are `found` or made of it, for some rows at a time."""
