@@ -19,7 +19,7 @@ from typing import Any
 
 import scoring_reference as reference
 
-from instruct_data.scoring import batches, merge, score
+from instruct_data.scoring import forward, merge, score
 from instruct_data.scoring.losses import Losses
 
 BUDGET, HANDFUL = 64, 256  # padded tokens of a batch, and of those that share a pass through the head
@@ -39,7 +39,7 @@ def live(folder: Path, log: int, rank: int, world: int) -> None:
     Losses.check = lambda self, segments: None  # type: ignore[method-assign]
     Losses.__call__ = noted  # type: ignore[method-assign]
     pairs, model = reference.some_pairs(90), reference.model()
-    batches.HANDFUL = HANDFUL
+    forward.HANDFUL = HANDFUL
     score(model, reference.tokenizer(), pairs, max_length=128, budget=BUDGET, folder=folder, rank=rank, world=world)
 
 

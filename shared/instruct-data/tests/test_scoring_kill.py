@@ -23,7 +23,7 @@ def test_killed_at_ten_random_times(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["hits"] >= kills * world // 2  # most kills came before the end
 
-    monkeypatch.setattr("instruct_data.scoring.batches.HANDFUL", HANDFUL)
+    monkeypatch.setattr("instruct_data.scoring.forward.HANDFUL", HANDFUL)
     quiet, options = tmp_path / "quiet", {"max_length": 128, "budget": BUDGET, "world": world}
     for rank in range(world):
         score(reference.model(), reference.tokenizer(), reference.some_pairs(90), folder=quiet, rank=rank, **options)

@@ -70,7 +70,7 @@ def bench_stats(model: Any, *, samples: int = 8, length: int = 128, rounds: int 
     """Time of the scoring pass beside plain forwards, and, at 64 experts, beside hooks on experts that are Linears."""
     many = probe_mixtral(2, 64, 64)
     own, small = passes(model, samples, length), passes(many, samples, length)
-    own.pop("hooks")
+    small["hooks"] = hooks(many, samples, length)
     timed = interleaved(own, rounds=rounds, warmup=1, base="eager")
     hooked = interleaved(small, rounds=rounds, warmup=1, base="hooks")
     return [
@@ -81,21 +81,12 @@ def bench_stats(model: Any, *, samples: int = 8, length: int = 128, rounds: int 
 
 
 def passes(model: Any, samples: int, length: int) -> dict[str, Callable[[], None]]:
-    """The same data through the experts function as it is, through the watched one, and through experts made Linears
-    with a hook on each, as code from before fused experts does it."""
+    """The same data through the experts function as it is, and through the watched one."""
     from moe_compress.stats import TrimStats
 
     ids, parts = token_ids(model, samples, length), anatomy(model)
-    layers, split = moe_layers(parts), copy.deepcopy(model)
+    layers = moe_layers(parts)
     model.set_experts_implementation("eager")
-    for layer in moe_layers(anatomy(split)):
-        name = next(name for name, child in layer.module.named_children() if child is layer.bank)
-        setattr(layer.module, name, LinearExperts(layer.bank))
-
-    @torch.no_grad()
-    def plain(which: Any) -> None:
-        for part in ids.split(4):
-            which(input_ids=part, use_cache=False)
 
     def score() -> None:
         experts = max(layer.num_experts for layer in layers)
@@ -103,7 +94,22 @@ def passes(model: Any, samples: int, length: int) -> dict[str, Callable[[], None
         with watching_experts(model, layers, watcher):
             watch(model, ids, watcher, batch_size=4)
 
-    return {"eager": lambda: plain(model), "hooks": lambda: plain(split), "score": score}
+    return {"eager": lambda: forwards(model, ids), "score": score}
+
+
+def hooks(model: Any, samples: int, length: int) -> Callable[[], None]:
+    """The same data through experts made Linears with a hook on each, as code from before fused experts does it."""
+    ids, split = token_ids(model, samples, length), copy.deepcopy(model)
+    for layer in moe_layers(anatomy(split)):
+        name = next(name for name, child in layer.module.named_children() if child is layer.bank)
+        setattr(layer.module, name, LinearExperts(layer.bank))
+    return lambda: forwards(split, ids)
+
+
+@torch.no_grad()
+def forwards(model: Any, ids: Tensor) -> None:
+    for part in ids.split(4):
+        model(input_ids=part, use_cache=False)
 
 
 class LinearExperts(nn.Module):

@@ -31,16 +31,16 @@ def plan(lengths: NDArray[np.int64], budget: int, batching: Batching = "padded")
         start = stop
 
 
-def handfuls(lengths: NDArray[np.int64], batches: Iterable[range]) -> Iterator[list[range]]:
-    """Consecutive batches of `HANDFUL` padded tokens in all, at least; the last may be of fewer."""
+def handfuls(lengths: NDArray[np.int64], batches: Iterable[range], tokens: int) -> Iterator[list[range]]:
+    """Consecutive batches of so many padded tokens in all, at least; the last may be of fewer."""
     held: list[range] = []
-    tokens = 0
+    count = 0
     for batch in batches:
         held.append(batch)
-        tokens += len(batch) * int(lengths[batch.start])
-        if tokens >= HANDFUL:
+        count += len(batch) * int(lengths[batch.start])
+        if count >= tokens:
             yield held
-            held, tokens = [], 0
+            held, count = [], 0
     if held:
         yield held
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from instruct_data.journal import Journal, content_key
 
-from .batches import CPU_BUDGET, CPU_CANDIDATES, GPU_BUDGET, GPU_CANDIDATES, handfuls, plan, tune
+from .batches import CPU_BUDGET, CPU_CANDIDATES, GPU_BUDGET, GPU_CANDIDATES, HANDFUL, handfuls, plan, tune
 from .heads import Heads
 from .losses import SAMPLES, Losses
 from .segments import Segments
@@ -77,7 +77,9 @@ class Forward:
         again."""
         lengths, done, began = self.segments.lengths, 0, time.perf_counter()
         batches = plan(lengths, self.facts["budget"], self.losses.batching) if self._pending.any() else ()
-        for together in handfuls(lengths, batches):
+        # one by one means the head too: the same bits then in any batch and any share of processes
+        tokens = HANDFUL if self.facts["budget"] > 1 else 1
+        for together in handfuls(lengths, batches, tokens):
             wanted = [[place for place in batch if self._pending[place]] for batch in together]
             todo = [place for batch in wanted for place in batch]
             if todo:
