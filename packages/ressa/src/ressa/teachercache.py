@@ -134,11 +134,11 @@ def write(
     size = sum(file.stat().st_size for file in part.glob("*.safetensors"))
     words = model.config.get_text_config(decoder=True).vocab_size
     record = {**asdict(request), "shard": shard, "examples": len(examples), "vocabulary": words}
-    (part / REQUEST).unlink()
     (part / RECORD).write_text(json.dumps(record, indent=1) + "\n")
     if output.exists():
         shutil.rmtree(output)
     part.rename(output)
+    (output / REQUEST).unlink()  # only now: without it a killed run could not go on
     return {"output": output, "examples": len(examples), "top": min(request.top, words), "bytes": size}
 
 
