@@ -41,7 +41,7 @@ class _Recompute(torch.autograd.Function):
             x_grad = (grad @ effective_weight(w, a, b, mask, ctx.scale)).view_as(x)
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
             delta = apply_mask_(grad.T @ x.reshape(-1, w.shape[1]), mask)
-            a_grad, b_grad = ctx.scale * (b.T @ delta), ctx.scale * (delta @ a.T)
+            a_grad, b_grad = ctx.scale * (b.T @ delta), ctx.scale * (a @ delta.T).T
         bias_grad = grad.sum(0) if ctx.needs_input_grad[6] else None
         return x_grad, None, a_grad, b_grad, None, None, bias_grad
 
