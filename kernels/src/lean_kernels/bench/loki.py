@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from lean_kernels.ops.loki import loki_decode
-from lean_kernels.ref.loki import dense_decode
+from lean_kernels.ref import loki as ref
 
 from .harness import Bench, Run
 
@@ -91,7 +91,10 @@ def _sparse(bench: Bench, cache: Cache, topk: int, plane: bool) -> Run:
 
 
 def dense_forms(q: Tensor, k: Tensor, v: Tensor, lens: Tensor) -> dict[str, Run]:
-    """The ways to attend to all tokens that torch has, and ours on a CPU: q [B, Hq, 1, D], k and v [B, Hkv, S, D]."""
+    """The ways to attend to all tokens in torch, ours on a CPU among them: q [B, Hq, 1, D], k and v [B, Hkv, S, D].
+
+    Our C code that reads all tokens is none of them: it is `loki_decode` with everything chosen.
+    """
     scale = q.shape[-1] ** -0.5
     packed = q.unflatten(1, (k.shape[1], -1))[..., 0, :]  # [B, Hkv, G, D]
     forms: dict[str, Run] = {
@@ -100,5 +103,5 @@ def dense_forms(q: Tensor, k: Tensor, v: Tensor, lens: Tensor) -> dict[str, Run]
         "matmul_softmax": lambda: ((packed @ k.transpose(-1, -2)).float() * scale).softmax(-1).to(v.dtype) @ v,
     }
     if q.device.type == "cpu":
-        forms["dense_decode"] = lambda: dense_decode(q, k, v, lens, scale=scale)
+        forms["dense_decode"] = lambda: ref.dense_decode(q, k, v, lens, scale=scale)
     return forms

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 
 import torch
 from torch import Tensor
 
-from lean_kernels import _rt
+from lean_kernels import _rt, native
 from lean_kernels.ref import loki as ref
 
 MAX_QUERIES = 8
@@ -60,12 +61,12 @@ def loki_decode(
         softcap: logits become softcap·tanh(logits / softcap); it does not enter the selection.
         return_lse: also give the natural log-sum-exp of the logits, float32 [B, Hq, Q] (float64 for float64).
         mask: bool [B, 1, Q, S], True where a token may be seen, besides what lens and start say.
-        backend: "auto", "torch" or "triton".
+        backend: "auto", "torch", "triton", or "native", which is C on a CPU (see `lean_kernels.native`).
 
     Returns:
         [B, Hq, Q, D] in q's dtype, or that and the log-sum-exp.
 
-    Ties go to the lowest token. A NaN score counts as -inf. On a CPU the scores of more than 2048
+    Ties go to the lowest token. A NaN score counts as -inf. In plain torch on a CPU the scores of more than 2048
     bfloat16 keys are rounded to bfloat16.
 
     Raises:
@@ -84,6 +85,18 @@ def loki_decode(
         d, most, float(scale), select, reduce, sink, recent, block, softcap, backend,
     )  # fmt: skip
     return (out, lse) if return_lse else out
+
+
+def dense_decode(
+    q: Tensor, k: Tensor, v: Tensor, lens: Tensor, *, scale: float, start: Tensor | None = None,
+    softcap: float | None = None, mask: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Attention of few queries to all visible tokens on a CPU, the arguments as `loki_decode`'s, unchecked."""
+    if _in_c("auto", mask is None and native.takes(q, k, v, None)):
+        return native.loki_decode(q, k, v, lens, d=1, topk=k.shape[2], scale=scale, start=start, softcap=softcap)[0]
+    out = ref.dense_decode(q, k, v, lens, scale=scale, start=start, softcap=softcap, mask=mask)
+    assert isinstance(out, Tensor)  # no log-sum-exp was asked for
+    return out
 
 
 @torch.library.custom_op("lean_kernels::loki_decode", mutates_args=())
@@ -110,14 +123,31 @@ def _loki_decode(
 ) -> tuple[Tensor, Tensor]:
     """`topk_rows` instead of `topk` if given."""
     _check_values(k, lens, topk_rows, block_table, start)
-    chosen = _rt.choose(backend, q)
-    decode = ref.loki_decode if chosen == "torch" else _rt.kernels("loki").loki_decode
+    plain = block_table is None and mask is None and block == 1
+    if _in_c(backend, plain and native.takes(q, k, v, k_lo)):
+        return native.loki_decode(
+            q, k, v, lens, d=d, topk=topk if topk_rows is None else topk_rows, scale=scale, select=select,
+            reduce=reduce, sink=sink, recent=recent, start=start, k_lo=k_lo, softcap=softcap,
+        )  # fmt: skip
+    decode = ref.loki_decode if _rt.choose(backend, q) == "torch" else _rt.kernels("loki").loki_decode
     out, lse = decode(
         q, k, v, lens, d=d, topk=topk if topk_rows is None else topk_rows, scale=scale, select=select, reduce=reduce,
         sink=sink, recent=recent, block=block, block_table=block_table, start=start, k_lo=k_lo, softcap=softcap,
         return_lse=True, mask=mask,
     )  # fmt: skip
     return out, lse
+
+
+def _in_c(backend: str, able: bool) -> bool:
+    """Whether C does it: where it is asked for, and where it is able to and nothing else is asked for."""
+    if backend == "native" and not able:
+        raise RuntimeError(
+            "backend 'native' takes float32 and bfloat16 on a CPU, rows of a multiple of 8 numbers, no pages, blocks "
+            "or mask, and needs a C compiler once; use backend 'torch'"
+        )
+    if backend == "auto":
+        backend = os.environ.get("LEAN_KERNELS_BACKEND", "auto")
+    return able and backend in ("auto", "native")
 
 
 @_loki_decode.register_fake

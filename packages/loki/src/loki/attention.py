@@ -227,14 +227,12 @@ class LayerHandler:
         if turn is not None:
             call = replace(call, query=turn.queries(call.query))
         if rows is not None and handed is not None and call.query.shape[2] <= FEW and not call.query.is_cuda:
-            from lean_kernels.ref.loki import dense_decode  # several times quicker on a CPU than torch's own
+            from lean_kernels.ops.loki import dense_decode  # several times quicker on a CPU than torch's own
 
-            out = dense_decode(
+            return dense_decode(
                 call.query, handed.keys, handed.values, rows.lens, scale=call.scaling, start=rows.start, mask=rows.mask,
                 softcap=call.softcap,
             )  # fmt: skip
-            assert isinstance(out, Tensor)
-            return out
         return None if turn is None else dense(module, call)
 
     def prompt(self, call: Call, handed: Handed | None) -> Tensor | None:
