@@ -207,3 +207,20 @@ def test_a_folder_that_cannot_be_written_is_passed_over(anew: Path, monkeypatch:
     monkeypatch.setattr("tempfile.tempdir", str(anew))
     assert native.library() is not None
     assert len(list(anew.glob("lean_kernels-*/loki-*.so"))) == 1
+
+
+def test_large_new_memory_is_asked_for_in_huge_pages() -> None:
+    before = torch.empty(native.LARGE // 4 + 1000)
+    assert native.huge_pages(before) is before
+    before.fill_(1.0)
+    assert float(before.double().sum()) == len(before)
+    maps = Path("/proc/self/smaps")
+    if maps.exists():  # the advice is noted where the kernel knows huge pages
+        inside, flags = False, []
+        for line in maps.read_text().splitlines():
+            bounds = line.split(" ", 1)[0].split("-")
+            if len(bounds) == 2:
+                inside = int(bounds[0], 16) <= before.data_ptr() + before.nbytes // 2 < int(bounds[1], 16)
+            elif inside and line.startswith("VmFlags"):
+                flags = line.split()
+        assert "hg" in flags

@@ -13,6 +13,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 import warnings
 from ctypes import c_float, c_int32, c_int64, c_void_p
@@ -27,6 +28,7 @@ BASE = ("-O3", "-std=gnu11", "-fPIC", "-shared")
 # the first set that the compiler takes
 FLAGS = (("-march=native", "-fopenmp"), ("-march=native",), ())
 DTYPES = (torch.float32, torch.bfloat16)
+PAGE, LARGE, MADV_HUGEPAGE = 1 << 12, 16 << 20, 14
 MAX_GROUP = 64  # query heads of a KV head: HEADS in loki.c
 
 
@@ -84,6 +86,20 @@ def loki_decode(
     if failed:
         raise MemoryError(f"no memory to attend to {int(lens.max())} tokens with {threads} threads")
     return out.to(q.dtype), lse
+
+
+def huge_pages(fresh: Tensor) -> Tensor:
+    """Ask Linux, which may refuse, to back new memory with pages of 2 MB: reading it is then up to a third quicker.
+
+    Small tensors and other systems are left as they are.
+    """
+    if fresh.device.type == "cpu" and fresh.nbytes >= LARGE and sys.platform == "linux":
+        begin = -(-fresh.data_ptr() // PAGE) * PAGE
+        end = (fresh.data_ptr() + fresh.nbytes) // PAGE * PAGE
+        ctypes.CDLL(None).madvise(
+            c_void_p(begin), ctypes.c_size_t(end - begin), MADV_HUGEPAGE
+        )  # a wish: may be refused
+    return fresh
 
 
 @lru_cache(1)

@@ -102,7 +102,6 @@ typedef struct {  // rows of a run of tokens; tokens NULL: first, first + 1, ..
     const int32_t *tokens;
     int bfloat16;
     float *wide;
-    int near;  // fetch into the first cache: leading dimensions of rows; whole rows come quicker by way of the second
 } Rows;
 
 // Whether rows lie apart, so that the processor does not foresee the next ones
@@ -110,12 +109,8 @@ static inline int apart(const Rows *of) {
     return of->tokens || of->stride > of->width * (of->bfloat16 ? 2 : 4);
 }
 
-static inline void ahead(const char *line, int near) {
-    if (near)
-        __builtin_prefetch(line, 0, 3);
-    else
-        __builtin_prefetch(line, 0, 1);
-}
+// Into the second cache: on an EPYC a third quicker than into the first, which is full of the rows in use
+static inline void ahead(const char *line) { __builtin_prefetch(line, 0, 1); }
 
 static inline const char *row_at(const Rows *of, int64_t i) {
     i = i < of->total ? i : of->total - 1;
@@ -129,7 +124,7 @@ static void rows_of(const Rows *of, int64_t at, const float **rows, const char *
         rows[i] = (const float *)row;
         next[i] = row_at(of, at + i + CHUNK);
         if (!of->bfloat16) continue;
-        for (int64_t c = 0; c < of->width; c += LINE / 2) ahead(next[i] + 2 * c, of->near);
+        for (int64_t c = 0; c < of->width; c += LINE / 2) ahead(next[i] + 2 * c);
         const uint16_t *half = (const uint16_t *)row;
         float *wide = of->wide + i * of->width;
         int64_t c = 0;
@@ -166,7 +161,7 @@ static void products(const float *q, int64_t step, int64_t heads, const Rows *of
                     for (int a = 0; a < GROUP; a++) found[a] += rows[i][c] * h[a][c];
                 for (int a = 0; a < GROUP && g + a < heads; a++) logits[(g + a) * room + at + i] = found[a];
             }
-            for (int64_t c = 0; fetch && c < of->width; c += LINE / 4) ahead(next[i] + 4 * c, of->near);
+            for (int64_t c = 0; fetch && c < of->width; c += LINE / 4) ahead(next[i] + 4 * c);
         }
     }
 }
@@ -189,7 +184,7 @@ static void sums(const float *weights, int64_t room, int64_t heads, const Rows *
                 v8 left[GROUP] = {{0}}, right[GROUP] = {{0}};
                 for (int64_t i = 0; i < n; i++) {
                     v8 l = *(const v8 *)(rows[i] + c), r = two ? *(const v8 *)(rows[i] + c + LANES) : l;
-                    if (fetch && !g) ahead(next[i] + 4 * c, of->near);
+                    if (fetch && !g) ahead(next[i] + 4 * c);
                     for (int64_t a = 0; a < GROUP; a++) {
                         left[a] += w[a][i] * l;
                         right[a] += w[a][i] * r;
@@ -319,8 +314,8 @@ static void attend(const Shape *shape, Desk *at, const float *q, int64_t heads, 
                    const char *v, int64_t v_step, const int32_t *tokens, int64_t lo, int64_t n, float *out, float *lse,
                    int64_t step) {
     int64_t width = shape->width;
-    Rows keys = {k, k_step, lo, n, width, tokens, shape->bfloat16, at->wide, 0};
-    Rows values = {v, v_step, lo, n, width, tokens, shape->bfloat16, at->wide, 0};
+    Rows keys = {k, k_step, lo, n, width, tokens, shape->bfloat16, at->wide};
+    Rows values = {v, v_step, lo, n, width, tokens, shape->bfloat16, at->wide};
     products(q, width, heads, &keys, at->logits, at->room);
     double totals[HEADS];
     for (int64_t g = 0; g < heads; g++) {
@@ -350,7 +345,7 @@ static void query(const Shape *shape, Desk *at, const float *q, Plane k, Plane v
         attend(shape, at, at->q, group, keys, k.s, values, v.s, NULL, lo, n, out, lse, shape->queries);
         return;
     }
-    Rows leading = {low.data + b * low.b + h * low.h, low.s, lo, n, shape->low, NULL, shape->bfloat16, at->wide, 1};
+    Rows leading = {low.data + b * low.b + h * low.h, low.s, lo, n, shape->low, NULL, shape->bfloat16, at->wide};
     products(at->q, width, group, &leading, at->logits, at->room);
     if (!shape->by_head) {
         reduce(at->logits, at->room, group, n, shape->by_max, at->unknown);

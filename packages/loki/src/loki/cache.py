@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
 
+from lean_kernels.native import huge_pages
 from model_hooks.errors import RequestError
 
 from .turn import Turn
@@ -215,4 +216,5 @@ def unrotate(cache: Cache) -> DynamicCache:
 
 
 def _empty_like(states: Tensor, tokens: int) -> Tensor:
-    return torch.empty((*states.shape[:2], tokens, states.shape[3]), dtype=states.dtype, device=states.device)
+    fresh = torch.empty((*states.shape[:2], tokens, states.shape[3]), dtype=states.dtype, device=states.device)
+    return huge_pages(fresh)

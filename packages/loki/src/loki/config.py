@@ -27,9 +27,9 @@ class Variance:
             raise RequestError(f"d=Variance({self.share}): a share of the variance lies in (0, 1]")
 
 
-# Lengths up to which reading all tokens takes no longer, by device: on a CPU measured (one row, head width 128, float32
-# in C on two threads, equal at 16384 tokens for k = 0.25), on a GPU taken from the bytes and launches of the kernels.
-CROSSOVER = {"cpu": 16384, "cuda": 4096}
+# Lengths up to which reading all tokens takes about as long, by device: on a CPU measured (one row, head width 128, k =
+# 0.25, float32 in C: 1.2 to 1.4 times as long at 2048), on a GPU taken from the bytes and launches of the kernels.
+CROSSOVER = {"cpu": 2048, "cuda": 4096}
 
 Amount = float | int
 K = Amount | Sequence[Amount]
