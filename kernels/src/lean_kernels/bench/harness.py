@@ -1,7 +1,8 @@
 """Times of an operation and of what torch offers instead, beside the least time that its bytes and products need.
 
 A file of this folder has a function `bench_OP(bench)` that gives its rows by `bench.row`. On a GPU triton's timer
-flushes the second cache before each run; on a CPU the candidates take turns, so that a change of load meets all.
+flushes the second cache before each run; on a CPU the candidates take turns, so that a change of load meets all, and
+other memory is read before each.
 """
 
 from __future__ import annotations
@@ -119,14 +120,21 @@ def _gpu(run: Run) -> dict[str, float]:
 
 def _cpu(runs: Mapping[str, Run], rounds: int) -> dict[str, dict[str, float]]:
     taken: dict[str, list[float]] = {name: [] for name in runs}
+    flush = reader("cpu")
     for run in runs.values():  # the first call allocates and chooses
         run()
     for _ in range(rounds):
         for name, run in runs.items():
+            flush()
             begin = time.perf_counter()
             run()
             taken[name].append((time.perf_counter() - begin) * 1e3)
     return {name: {"ms": statistics.median(ms), "min_ms": min(ms)} for name, ms in taken.items()}
+
+
+def reader(device: str) -> Run:
+    """A function that reads 256 MB, as a model's weights are between two calls: caches then hold nothing else."""
+    return torch.ones(1 << 28, dtype=torch.uint8, device=device).view(torch.float32).sum
 
 
 def ceilings(device: str, dtype: torch.dtype, rounds: int) -> Ceilings:
