@@ -25,6 +25,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(harness, "COPIED", {"cpu": 1 << 16})
     monkeypatch.setattr(harness, "SIDE", {"cpu": 16})
+    monkeypatch.setattr(harness, "READ", 1 << 16)
     monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
     for module, shapes in TINY.values():
         monkeypatch.setattr(module, "PRESETS", {"small": shapes})

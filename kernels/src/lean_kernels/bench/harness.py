@@ -23,6 +23,7 @@ Run = Callable[[], object]
 
 LOSS_ALLOWED = 0.10  # of a stored row's speed
 COPIED = {"cpu": 1 << 28, "cuda": 1 << 31}  # bytes of the tensor that the copy ceiling copies
+READ = 1 << 28  # bytes read before each run on a CPU
 SIDE = {"cpu": 1024, "cuda": 8192}  # of the square matrices of the matmul ceiling
 
 
@@ -134,7 +135,7 @@ def _cpu(runs: Mapping[str, Run], rounds: int) -> dict[str, dict[str, float]]:
 
 def reader(device: str) -> Run:
     """A function that reads 256 MB, as a model's weights are between two calls: caches then hold nothing else."""
-    return torch.ones(1 << 28, dtype=torch.uint8, device=device).view(torch.float32).sum
+    return torch.ones(READ, dtype=torch.uint8, device=device).view(torch.float32).sum
 
 
 def ceilings(device: str, dtype: torch.dtype, rounds: int) -> Ceilings:
