@@ -68,7 +68,7 @@ def run(
     answer_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a reply.")] = 2048,
     candidates: Annotated[int, typer.Option("--candidates", "-n", min=1, help="Replies for each record.")] = 2,
     select: Annotated[
-        str, typer.Option(help="filter-then-longest, longest (the paper's) or first.")
+        str, typer.Option(help="filter-then-longest, longest (the paper's), first, or reward:MODEL after the filters.")
     ] = "filter-then-longest",
     adaptive: Annotated[bool, typer.Option(help="Let the model judge first whether the format suits.")] = True,
     turns: Turns = "last",

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar, cast
 
 from instruct_data import Example, Record
+from instruct_data.completions import prompt_messages
 from instruct_data.llm import Client, Request, ask_parsed
 from instruct_data.llm.structured import Parsed
 from instruct_data.schemas import question_of
@@ -18,17 +19,23 @@ from .classify import Classifier
 from .filters import Change, refuse
 from .prompts import REVISION, REVISION_LENIENT, VERSION, rewriting
 from .retrieval import Evidence, Retriever, evidence_for
+from .reward import Reward
 from .taxonomy import Task, Taxonomy
 
 Result = TypeVar("Result")
 ORIGINAL = "realign_original"  # the column of the answer as it was
 SELECT = ("filter-then-longest", "longest", "first")
+REWARD = "reward:"  # and a model
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How answers are rewritten. The defaults are the published ones, but for `select` (published: longest) and
-    `filters`."""
+    `filters`.
+
+    select: the candidate to keep: the longest that passes the filters, the longest, the first, or the one that passes
+    and that a reward model rates highest.
+    """
 
     model: str
     temperature: float = 0.3
@@ -41,8 +48,8 @@ class Recipe:
     turns: str = "last"
 
     def __post_init__(self) -> None:
-        if self.select not in SELECT:
-            raise RequestError(f"select {self.select!r}; choose {', '.join(SELECT)}")
+        if self.select not in SELECT and not self.reward_model:
+            raise RequestError(f"select {self.select!r}; choose {', '.join(SELECT)} or {REWARD}MODEL")
         if self.turns not in ("last", "all", "none"):
             raise RequestError(f"turns {self.turns!r}; give last, all, or none (conversations stay as they are)")
         if self.candidates < 1 or self.max_tokens < 1:
@@ -53,6 +60,11 @@ class Recipe:
         if self.turns == "all":
             return record.examples
         return record.examples[-1:] if self.turns == "last" or len(record.examples) == 1 else ()
+
+    @property
+    def reward_model(self) -> str:
+        """The model that rates candidates; empty where none does."""
+        return self.select.removeprefix(REWARD) if self.select.startswith(REWARD) else ""
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -101,6 +113,7 @@ class Rewriter:
     retriever: Retriever | None
     structured: Callable[[], Any]
     tokens: Callable[[str], int] = count_words
+    reward: Reward | None = None
 
     async def __call__(self, record: Record) -> tuple[Record, Outcome]:
         if self.recipe.turns != "all":
@@ -144,10 +157,10 @@ class Rewriter:
         )
         form = REVISION if structured else REVISION_LENIENT
         parsed = await together(ask_parsed(self.client.ask, r, form.parse) for r in base.candidates(recipe.candidates))
-        return self._choose(parsed, example.response, question, task, score, evidence)
+        return await self._choose(parsed, example, question, task, score, evidence)
 
-    def _choose(
-        self, parsed: Sequence[Parsed], original: str, question: str, task: Task, score: float | None,
+    async def _choose(
+        self, parsed: Sequence[Parsed], example: Example, question: str, task: Task, score: float | None,
         evidence: Sequence[Evidence],
     ) -> Outcome:  # fmt: skip
         """The candidate that is kept, or why none is."""
@@ -163,13 +176,12 @@ class Rewriter:
         good = [(p, str(p.value["revised_response"]).strip()) for p in parsed if p.value is not None]
         if not good:
             return Outcome("original", reason=parsed[0].problem, request_key=parsed[0].requests[-1].key, **told)
+        original = example.response
         names = tuple(dict.fromkeys((*task.checks, *self.recipe.filters)))
         changes = [Change(question, original, text, task.name, self.tokens(original), self.tokens(text))
                    for _, text in good]  # fmt: skip
         refused = [refuse(change, names) for change in changes]
-        order = [i for i, reason in enumerate(refused) if reason is None or self.recipe.select != SELECT[0]]
-        order = order or list(range(len(good)))
-        best = order[0] if self.recipe.select == "first" else max(order, key=lambda i: changes[i].rewritten_tokens)
+        best = await self._best(example, changes, refused)
         chosen, text = good[best]
         told["request_key"] = chosen.requests[-1].key
         value = chosen.value or {}
@@ -180,6 +192,18 @@ class Rewriter:
         if refused[best] is not None:
             return Outcome("original", reason="rejected", reject_reason=refused[best], **told)
         return Outcome("rewrite", text=text, **told)
+
+    async def _best(self, example: Example, changes: Sequence[Change], refused: Sequence[str | None]) -> int:
+        """The candidate to keep; of equals the first."""
+        select = self.recipe.select
+        if select == "first":
+            return 0
+        every = range(len(changes))
+        passed = every if select == "longest" else [i for i in every if refused[i] is None] or every
+        if self.reward is None:
+            return max(passed, key=lambda i: changes[i].rewritten_tokens)
+        rated = await self.reward(prompt_messages(example), [changes[i].rewritten for i in passed])
+        return passed[rated.index(max(rated))]
 
 
 async def together(asked: Iterable[Awaitable[Result]]) -> list[Result]:

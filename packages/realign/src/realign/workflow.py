@@ -29,6 +29,7 @@ from .filters import Change, refuse
 from .linear import SHIPPED, LinearClassifier
 from .prompts import REVISION, VERSION, probe, rewriting
 from .retrieval import Corpus, Retriever, Serper, evidence_for
+from .reward import Reward
 from .rewriting import Outcome, Recipe, Rewriter, given_category
 from .taxonomy import Taxonomy
 from .turns import Answer, answers_of, apply, put_back, types
@@ -86,10 +87,11 @@ def rewrite_records(
     sorter, found, tokens, ledger = (
         classifier_of(classifier, taxonomy), retriever_of(retriever), tokens_of(tokenizer), service.ledger(),
     )  # fmt: skip
+    reward = Reward.load(recipe.reward_model) if recipe.reward_model else None
     with service.client(recipe.model, ledger) as client:
         rewriter = Rewriter(
             client, recipe, taxonomy, sorter or asked(client, recipe.model, taxonomy, service), found,
-            service.forms(client, probe(recipe.model), REVISION), tokens,
+            service.forms(client, probe(recipe.model), REVISION), tokens, reward,
         )  # fmt: skip
 
         def outcomes() -> Iterator[tuple[Record, Outcome]]:
