@@ -76,6 +76,8 @@ def test_of_what_passes_the_filters_the_best_rated_is_kept(server: Server, tmp_p
     (kept,) = [record.data for record in read("out.jsonl")]
     scores = rated(source, ["What is 0?" + text for text in TEXTS])  # code is refused by the filters, however rated
     assert kept["output"] == TEXTS[scores.index(max(scores))]
+    manifest = json.loads(Path("out.jsonl.manifest.json").read_text())
+    assert manifest["recipe"]["select"] == "reward:reward"  # no path of this machine
 
 
 def test_what_is_no_reward_model_is_refused_before_anything_is_sent(server: Server, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from instruct_data import Example, Record
@@ -65,6 +66,11 @@ class Recipe:
     def reward_model(self) -> str:
         """The model that rates candidates; empty where none does."""
         return self.select.removeprefix(REWARD) if self.select.startswith(REWARD) else ""
+
+    def told(self) -> dict[str, Any]:
+        """All of it, a model's folder by its name alone."""
+        select = f"{REWARD}{Path(self.reward_model).name}" if self.reward_model else self.select
+        return asdict(self) | {"select": select}
 
     @property
     def sampling(self) -> dict[str, Any]:

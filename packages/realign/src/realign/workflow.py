@@ -124,7 +124,7 @@ def manifest(
 ) -> dict[str, Any]:
     """What decided the result, without any path of this machine or key."""
     return {
-        "data": Path(records.name).name, "schema": records.schema.name, "recipe": asdict(recipe), "bare": bare,
+        "data": Path(records.name).name, "schema": records.schema.name, "recipe": recipe.told(), "bare": bare,
         "prompt_version": VERSION, "classifier": Path(classifier).name, "retriever": Path(retriever).name,
         "taxonomy": hashlib.sha256(repr(list(taxonomy.tasks.values())).encode()).hexdigest()[:16],
         "versions": {name: version(name) for name in ("realign", "instruct-data")},
