@@ -14,8 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lean_kernels import loki_decode, native
-from lean_kernels.ops.loki import dense_decode
+from lean_kernels import dense_decode, loki_decode, native
 from lean_kernels.ref import loki as ref
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="needs a C compiler")

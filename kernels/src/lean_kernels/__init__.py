@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .ops.linear_ce import TokenLosses as TokenLosses
     from .ops.linear_ce import linear_ce as linear_ce
     from .ops.linear_ce import merge_shards as merge_shards
+    from .ops.loki import dense_decode as dense_decode
     from .ops.loki import loki_decode as loki_decode
     from .ops.meo import merged_matmul as merged_matmul
     from .ops.mod import Routing as Routing
@@ -44,6 +45,7 @@ OPERATIONS = {
     "cosine_adjacent": "cosine",
     "cosine_gram": "cosine",
     "cosine_stream": "cosine",
+    "dense_decode": "loki",
     "linear_ce": "linear_ce",
     "loki_decode": "loki",
     "matmul_24": "sparse24",

@@ -126,7 +126,9 @@ def library() -> ctypes.CDLL | None:
 def _build(compiler: str) -> Path:
     """The library's file. Raises CalledProcessError or OSError with what the compiler said."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    key = hashlib.sha256("\0".join((SOURCE.read_text(), version, _processor(), str(FLAGS))).encode()).hexdigest()
+    key = hashlib.sha256(
+        "\0".join((SOURCE.read_text(), version, _processor(), str((BASE, FLAGS)))).encode()
+    ).hexdigest()
     folder = _folder()
     path = folder / f"loki-{key[:16]}.so"
     if path.exists():

@@ -227,7 +227,7 @@ class LayerHandler:
         if turn is not None:
             call = replace(call, query=turn.queries(call.query))
         if rows is not None and handed is not None and call.query.shape[2] <= FEW and not call.query.is_cuda:
-            from lean_kernels.ops.loki import dense_decode  # several times quicker on a CPU than torch's own
+            from lean_kernels import dense_decode  # several times quicker on a CPU than torch's own
 
             return dense_decode(
                 call.query, handed.keys, handed.values, rows.lens, scale=call.scaling, start=rows.start, mask=rows.mask,
