@@ -138,6 +138,8 @@ def launch_loki(dtype: torch.dtype) -> None:
         for select, reduce, block in (("group", "softmax_mean", 1), ("group", "max", 32), ("head", "max", 1)):
             kind = {"select": select, "reduce": reduce, "block": block}
             loki.loki_decode(q, cache, cache, rows, topk=tokens // 4, **kind, **bare, **rule)
+            low = {**rule, "k_lo": cache[..., :32].to(torch.float8_e4m3fn)}
+            loki.loki_decode(q, cache, cache, rows, topk=tokens // 4, **kind, **bare, **low)
             more = {"sink": 2, "recent": 9, "start": rows, "softcap": 30.0, "block_table": table}
             loki.loki_decode(q, pages, pages, rows, topk=rows, **kind, **more, mask=None, **rule)
             if group != 4:

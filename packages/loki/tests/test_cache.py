@@ -13,6 +13,7 @@ from lokimodels import basis_of, build, tokens
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
+from lean_kernels import low_keys
 from model_hooks import RequestError
 from model_hooks.kv import kv_bytes
 
@@ -24,7 +25,7 @@ def states(length: int, seed: int = 0, batch: int = 3) -> tuple[torch.Tensor, to
 
 def filled(turn: Turn | None = None, parts: tuple[int, ...] = (5, 1, 1, 4)) -> tuple[LokiLayer, DynamicLayer]:
     """A Loki layer and a stock one that were given the same."""
-    mine, stock = LokiLayer(turn), DynamicLayer()
+    mine, stock = LokiLayer(turn, low=3), DynamicLayer()
     for seed, length in enumerate(parts):
         mine.update(*states(length, seed))
         stock.update(*states(length, seed))
@@ -40,6 +41,7 @@ def same(mine: LokiLayer, stock: DynamicLayer) -> bool:
         mine.get_seq_length() == stock.get_seq_length()
         and mine.get_mask_sizes(3) == stock.get_mask_sizes(3)
         and torch.allclose(mine.keys, keys, atol=1e-6)
+        and torch.equal(mine._low[:, :, : mine.length].float(), low_keys(mine.keys, 3).float())
         and torch.equal(mine.values, stock.values)
     )
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
 
+from lean_kernels import low_keys
 from lean_kernels.native import huge_pages
 from model_hooks.errors import RequestError
 
@@ -34,6 +35,7 @@ class Handed:
         keys, values: the buffers [B, Hkv, capacity, D] in which the row's tokens lie first.
         length: tokens in them; None where only the mask knows (static caches).
         fresh: nothing was cached before this call.
+        low: the layer's plane of low keys, if it has one.
         original: the tensor that carries this holds the keys of the call unturned, so that a prompt attends exactly.
     """
 
@@ -43,29 +45,32 @@ class Handed:
     length: int | None
     fresh: bool
     original: bool
+    low: Tensor | None = None
 
 
 class LokiLayer(DynamicLayer):
     """Turned keys and values in buffers that grow by half, where the stock layer copies itself for every token.
 
     `turn` is None for methods that read keys as they are. `state` holds what a method keeps besides (H2O's sums), each
-    tensor [B, .., tokens]; `evicts` says that it cannot be rolled back.
+    tensor [B, .., tokens]; `evicts` says that it cannot be rolled back. So many leading dimensions of the keys as `low`
+    says are kept once more as 8 bit numbers, for methods that pick tokens by them.
     """
 
-    def __init__(self, turn: Turn | None = None, evicts: bool = False) -> None:
+    def __init__(self, turn: Turn | None = None, evicts: bool = False, low: int = 0) -> None:
         super().__init__()
-        self.turn = turn
+        self.turn, self.low = turn, low
         self.is_croppable = not evicts
         self.length = 0
         self.state: dict[str, Tensor] = {}
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self._hold(_empty_like(key_states, 0), _empty_like(value_states, 0), 0)
+        low = low_keys(key_states[:, :, :0], self.low) if self.low else None
+        self._hold(_empty_like(key_states, 0), _empty_like(value_states, 0), low, 0)
         self.is_initialized = True
 
-    def _hold(self, keys: Tensor, values: Tensor, length: int) -> None:
-        self._keys, self._values, self.length = keys, values, length
+    def _hold(self, keys: Tensor, values: Tensor, low: Tensor | None, length: int) -> None:
+        self._keys, self._values, self._low, self.length = keys, values, low, length
         self.keys, self.values = keys[:, :, :length], values[:, :, :length]
 
     def _reserve(self, length: int) -> None:
@@ -74,14 +79,19 @@ class LokiLayer(DynamicLayer):
             return
         wanted = max(length, int(GROWTH * capacity)) if capacity else length + SLACK
         wanted = -(-wanted // PAGE) * PAGE
-        self._hold(self._grown(self.keys, wanted), self._grown(self.values, wanted), self.length)
+        self._renew(lambda used: used, wanted)
 
-    @staticmethod
-    def _grown(used: Tensor, capacity: int) -> Tensor:
-        """A buffer that starts with `used`."""
-        buffer = _empty_like(used, capacity)
-        buffer[:, :, : used.shape[2]] = used
-        return buffer
+    def _renew(self, change: Callable[[Tensor], Tensor], capacity: int) -> None:
+        """Buffers of another capacity, that start with what is held, changed."""
+
+        def renewed(buffer: Tensor) -> Tensor:
+            used = change(buffer[:, :, : self.length])
+            fresh = _empty_like(used, capacity)
+            fresh[:, :, : self.length] = used
+            return fresh
+
+        low = None if self._low is None else renewed(self._low)
+        self._hold(renewed(self._keys), renewed(self._values), low, self.length)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
@@ -89,10 +99,13 @@ class LokiLayer(DynamicLayer):
         start, end = self.length, self.length + key_states.shape[2]
         self._reserve(end)
         new = key_states.detach()
-        self._keys[:, :, start:end] = new if self.turn is None else self.turn.keys(new)
+        turned = new if self.turn is None else self.turn.keys(new)
+        self._keys[:, :, start:end] = turned
         self._values[:, :, start:end] = value_states.detach()
-        self._hold(self._keys, self._values, end)
-        handed = Handed(self, self._keys, self._values, end, start == 0, start == 0)
+        if self._low is not None:
+            self._low[:, :, start:end] = low_keys(turned, self.low)
+        self._cut(end)
+        handed = Handed(self, self._keys, self._values, end, start == 0, start == 0, self._low)
         # views of their own: an attribute on self.keys would tie the buffers into a cycle
         keys = key_states.view(key_states.shape) if start == 0 else self._keys[:, :, :end]
         keys._loki = handed  # type: ignore[attr-defined]
@@ -105,8 +118,7 @@ class LokiLayer(DynamicLayer):
         """Apply a change of the batch dimension to everything that is held."""
         if not self.is_initialized or not self.length:
             return
-        room = self._keys.shape[2]
-        self._hold(self._grown(change(self.keys), room), self._grown(change(self.values), room), self.length)
+        self._renew(change, self._keys.shape[2])
         self.state = {name: change(tensor) for name, tensor in self.state.items()}
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -125,11 +137,14 @@ class LokiLayer(DynamicLayer):
             return
         if not self.is_croppable:
             raise RequestError("this method evicts tokens for good, so its cache cannot be cropped; use method='loki'")
-        self._hold(self._keys, self._values, max(0, length))
+        self._cut(max(0, length))
+
+    def _cut(self, length: int) -> None:
+        self._hold(self._keys, self._values, self._low, length)
 
     def reset(self) -> None:
         if self.is_initialized:
-            self._hold(self._keys, self._values, 0)
+            self._cut(0)
         self.state = {}
 
     def offload(self) -> None:
@@ -142,7 +157,8 @@ class LokiLayer(DynamicLayer):
     def _move(self, device: Any) -> None:
         if self.is_initialized:
             keys, values = (t.to(device, non_blocking=True) for t in (self._keys, self._values))
-            self._hold(keys, values, self.length)
+            low = None if self._low is None else self._low.to(device, non_blocking=True)
+            self._hold(keys, values, low, self.length)
             self.state = {name: t.to(device, non_blocking=True) for name, t in self.state.items()}
 
 
