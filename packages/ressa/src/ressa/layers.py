@@ -10,8 +10,8 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor
 
-from lean_kernels import merge_sparse_lora, pack_mask, sparse_lora_matmul, unpack_mask
-from lean_kernels.ref.sparse_lora import apply_mask_, effective_weight
+from lean_kernels import pack_mask, sparse_lora_matmul, unpack_mask
+from lean_kernels.ref.sparse_lora import apply_mask_, effective_weight, merge_sparse_lora
 from model_hooks.errors import RequestError
 
 BACKWARDS = ("exact", "ste", "auto")
@@ -50,10 +50,12 @@ class _StraightThrough(torch.autograd.Function):
     """The forward pass with the mask, the factors' gradients without it: no product of the weight's size is needed."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, a: Tensor, b: Tensor, mask: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, w: Tensor, a: Tensor, b: Tensor, mask: Tensor, scale: float, bias: Tensor | None
+    ) -> Tensor:
         ctx.save_for_backward(x, w, a, b, mask)
         ctx.scale = scale
-        return F.linear(x, merge_sparse_lora(w, a, b, mask, scale))
+        return F.linear(x, merge_sparse_lora(w, a, b, mask, scale), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -63,9 +65,10 @@ class _StraightThrough(torch.autograd.Function):
         x_grad = None
         if ctx.needs_input_grad[0]:
             x_grad = (grad @ merge_sparse_lora(w, a, b, mask, ctx.scale)).view_as(x)
-        a_grad = ctx.scale * (grad @ b).T @ rows
-        b_grad = ctx.scale * grad.T @ (rows @ a.T)
-        return x_grad, None, a_grad, b_grad, None, None
+        a_grad = (grad @ b).mul_(ctx.scale).T @ rows
+        b_grad = grad.T @ (rows @ a.T).mul_(ctx.scale)
+        bias_grad = grad.sum(0) if ctx.needs_input_grad[6] else None
+        return x_grad, None, a_grad, b_grad, None, None, bias_grad
 
 
 def masked_linear(
@@ -79,11 +82,9 @@ def masked_linear(
     with torch.autocast(x.device.type, enabled=False):
         if backward == "exact" and (x.is_cuda or w.dtype not in (torch.float32, torch.float64)):
             return sparse_lora_matmul(x, w, a, b, mask, scale, bias)
-        if backward == "exact":
-            result: Tensor = _Recompute.apply(x, w, a, b, mask, scale, bias)
-            return result
-        out: Tensor = _StraightThrough.apply(x, w, a, b, mask, scale)
-        return out if bias is None else out + bias
+        way = _Recompute if backward == "exact" else _StraightThrough
+        out: Tensor = way.apply(x, w, a, b, mask, scale, bias)
+        return out
 
 
 class SparseLoraLinear(LoraLinear):
