@@ -54,7 +54,20 @@ def test_short_answers_are_beginnings_of_long_ones() -> None:
 @pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     result = CliRunner().invoke(
-        app, ["bench", "--small", "--records", "4", "--rounds", "1", "--json", "-o", str(tmp_path / "bench.json")]
+        app,
+        [
+            "bench",
+            "--small",
+            "--records",
+            "4",
+            "--scaling",
+            "64",
+            "--rounds",
+            "1",
+            "--json",
+            "-o",
+            str(tmp_path / "bench.json"),
+        ],
     )
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout, parse_constant=pytest.fail)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import families
 import pytest
@@ -14,7 +16,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model_hooks import Card, RequestError, UnsupportedArchitectureError, anatomy, drop, load, save
+from model_hooks import Card, RequestError, UnsupportedArchitectureError, anatomy, drop, experts, load, save
 from model_hooks.expert_surgery import check_keep, drop_experts
 from model_hooks.experts import ExpertCall, MoeLayer, layer_of, moe_layers, watching_experts
 from model_hooks.layerwise import watch_layerwise
@@ -105,6 +107,98 @@ def test_sums_are_those_of_single_linears(name: str) -> None:
         assert found["counts"][2, expert] == len(x)
         torch.testing.assert_close(found["xx"][2, expert], x.T @ x, atol=1e-4, rtol=1e-5)
         torch.testing.assert_close(found["h2"][2, expert], (h**2).sum(0), atol=1e-4, rtol=1e-4)
+
+
+class Last(ResidualWatcher):
+    """Keeps the last call."""
+
+    call: ExpertCall
+
+    def see_experts(self, layer: MoeLayer, call: ExpertCall) -> None:
+        self.call = call
+
+
+@torch.no_grad()
+def last_call(layer: MoeLayer, states: torch.Tensor, index: torch.Tensor, mask: torch.Tensor) -> ExpertCall:
+    """The experts of a layer on `states` [T, d], sent where `index` [T, k] says with gates 1/2, 1/4, ..."""
+    watcher = Last()
+    watcher.mask = mask
+    with watching_experts(layer.module, (layer,), watcher):
+        layer.router(states)
+        layer.bank(states, index, 0.5 ** torch.arange(1, index.shape[1] + 1).expand(index.shape))
+    return watcher.call
+
+
+@functools.cache
+def lively_layer(dtype: torch.dtype, width: int = 64) -> MoeLayer:
+    """A Mixtral's mixture of 8 experts whose weights keep numbers near 1."""
+    model = build("mixtral", 8, intermediate_size=width)
+    model.set_experts_implementation("eager")  # transformers' own choice takes no width of 42 and no float64
+    layer = layers_of(model)[0]
+    for weight in layer.module.to(dtype).experts.parameters():
+        torch.nn.init.normal_(weight, std=weight.shape[-1] ** -0.5, generator=torch.Generator().manual_seed(0))
+    return layer
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]), grouped=st.booleans(), seed=st.integers(0, 999),
+    tokens=st.integers(1, 30), k=st.integers(1, 3), used=st.integers(3, 8), skew=st.sampled_from([0, 4]),
+    padding=st.booleans(),
+)  # fmt: skip
+def test_groups_and_the_loop_give_what_float64_gives(
+    dtype: torch.dtype, grouped: bool, seed: int, tokens: int, k: int, used: int, skew: int, padding: bool
+) -> None:
+    """Of 8 experts `used` are chosen at all, by far the last ones most where the routing is skewed."""
+    torch.manual_seed(seed)
+    layer, states = lively_layer(dtype), torch.randn(tokens, 32).to(dtype)
+    index = (torch.randn(tokens, used) + skew * torch.arange(used)).topk(k).indices
+    mask = torch.rand(1, tokens) < 0.6 if padding else torch.ones(1, tokens, dtype=torch.bool)
+    with (
+        mock.patch.object(experts, "FEW_PAIRS", 1000 if grouped else 0),
+        mock.patch.object(F, "grouped_mm", wraps=F.grouped_mm) as product,
+    ):
+        call = last_call(layer, states, index, mask)
+    assert product.call_count == (2 if grouped else 0)
+
+    states, index = states[mask.flatten()].double(), index[mask.flatten()]
+    places = [(index == expert).nonzero() for expert in range(8)]  # (token, rank) of each pair
+    chosen, rank = torch.cat(places).T
+    counts = torch.tensor([len(place) for place in places])
+    up, down = (w.detach().double().repeat_interleave(counts, 0) for w in layer.bank.parameters())  # of each pair
+    x = states[chosen]
+    gate, value = torch.einsum("sd,sfd->sf", x, up).chunk(2, -1)
+    h = F.silu(gate) * value
+    y = torch.einsum("sf,sdf->sd", h, down)
+    output = torch.zeros_like(states).index_add_(0, chosen, y * 0.5 ** (rank + 1.0)[:, None])
+    assert call.counts == tuple(counts.tolist())
+    assert torch.equal(call.tokens, chosen)
+    assert torch.equal(call.x.double(), x)
+    error = 1e-6 if dtype == torch.float32 else 2e-2  # of the largest number
+    for found, wanted in ((call.h, h), (call.y, y), (call.output, output)):
+        assert found.dtype == dtype
+        size = float(wanted.abs().max()) if len(wanted) else 1.0
+        torch.testing.assert_close(found.double(), wanted, atol=size * error, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "width", "products"),
+    [
+        (8 * experts.FEW_PAIRS, torch.float32, 64, 2),
+        (8 * experts.FEW_PAIRS + 1, torch.float32, 64, 0),  # many pairs an expert: a loop costs nothing
+        (8, torch.float64, 64, 0),  # a type that torch's product refuses
+        (8, torch.float32, 42, 0),  # rows of down_proj that start anywhere
+    ],
+)
+def test_few_pairs_an_expert_are_run_as_groups(
+    tokens: int, dtype: torch.dtype, width: int, products: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, product = lively_layer(dtype, width), mock.Mock(wraps=F.grouped_mm)
+    monkeypatch.setattr(F, "grouped_mm", product)
+    states, index = torch.ones(tokens, 32, dtype=dtype), torch.arange(tokens)[:, None] % 8
+    call = last_call(layer, states, index, torch.ones(1, tokens).bool())
+    assert product.call_count == products
+    torch.testing.assert_close(call.output[call.tokens], call.y / 2)
 
 
 def test_sums_depend_neither_on_batches_nor_on_padding_nor_on_streaming(tmp_path: Path) -> None:

@@ -94,22 +94,24 @@ def passes(model: Any, samples: int, length: int) -> dict[str, Callable[[], None
         with watching_experts(model, layers, watcher):
             watch(model, ids, watcher, batch_size=4)
 
-    return {"eager": lambda: forwards(model, ids), "score": score}
+    return {"eager": lambda: forwards(parts.decoder, ids), "score": score}
 
 
 def hooks(model: Any, samples: int, length: int) -> Callable[[], None]:
     """The same data through experts made Linears with a hook on each, as code from before fused experts does it."""
     ids, split = token_ids(model, samples, length), copy.deepcopy(model)
-    for layer in moe_layers(anatomy(split)):
+    parts = anatomy(split)
+    for layer in moe_layers(parts):
         name = next(name for name, child in layer.module.named_children() if child is layer.bank)
         setattr(layer.module, name, LinearExperts(layer.bank))
-    return lambda: forwards(split, ids)
+    return lambda: forwards(parts.decoder, ids)
 
 
 @torch.no_grad()
-def forwards(model: Any, ids: Tensor) -> None:
+def forwards(decoder: Any, ids: Tensor) -> None:
+    """What `watch` runs as well: no head, so that no side pays for logits that the other never makes."""
     for part in ids.split(4):
-        model(input_ids=part, use_cache=False)
+        decoder(input_ids=part, use_cache=False)
 
 
 class LinearExperts(nn.Module):

@@ -43,7 +43,7 @@ class TrimStats(ResidualSimilarity):
     def see_experts(self, layer: MoeLayer, call: ExpertCall) -> None:
         """Add what the experts of one layer did in one batch."""
         norm = torch.linalg.vector_norm(call.y.float(), dim=-1)  # [S]
-        whole = call.output.float()[call.tokens]  # [S, d]
+        whole = call.output.float().index_select(0, call.tokens)  # [S, d]
         without = whole - call.gates.float()[:, None] * call.y.float()
         found = {
             "count": torch.tensor(call.counts, dtype=torch.float64),

@@ -291,6 +291,9 @@ def bench(
     tokenizer: Annotated[str, typer.Option(help="Tokenizer of the scoring model's shape.")] = "zoo:gpt2",
     records: Annotated[int, typer.Option(min=4, help="Records of each set.")] = 60,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds; medians are printed.")] = 3,
+    scaling: Annotated[
+        int, typer.Option(min=8, help="Records of the largest of four sets, each double the one before.")
+    ] = 960,
     small: Annotated[
         bool, typer.Option("--small", help="A 4-layer model of width 256 instead of GPT-2's shape.")
     ] = False,
@@ -302,7 +305,10 @@ def bench(
 
     if output is not None:
         refuse_existing(output, overwrite)
-    return keep(benchmark.run(records=records, rounds=rounds, small=small, data=data, tokenizer=tokenizer), output)
+    found = benchmark.run(
+        records=records, rounds=rounds, scaling=scaling, small=small, data=data, tokenizer=tokenizer
+    )  # fmt: skip
+    return keep(found, output)
 
 
 app.command("train")(train_command)

@@ -22,6 +22,7 @@ from .moe import mixture_of_experts
 from .structure import Anatomy, Block
 
 IMPLEMENTATION = "moe_stats"  # name of our experts function in transformers' interface
+FEW_PAIRS = 64  # of an expert on average: up to here a loop over experts is slower than torch's grouped product
 
 
 @dataclass(frozen=True)
@@ -220,21 +221,40 @@ def _run_and_show(bank: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_w
     order = pairs.argsort(stable=True)  # [S]
     counts = torch.bincount(pairs, minlength=bank.gate_up_proj.shape[0]).tolist()
     tokens, gates = order // k, top_k_weights.flatten()[order]
-    x = hidden_states[tokens]
-    h = x.new_empty(len(order), bank.down_proj.shape[-1])
-    y = torch.empty_like(x)
-    start = 0
-    for expert, count in enumerate(counts):
-        if count:
-            part = slice(start, start + count)
-            h[part] = bank._apply_gate(F.linear(x[part], bank.gate_up_proj[expert]))
-            y[part] = F.linear(h[part], bank.down_proj[expert])
-            start += count
-    weighted = torch.empty_like(y, dtype=torch.promote_types(y.dtype, gates.dtype))
-    weighted[order] = y * gates[:, None]
-    output = weighted.view(total, k, -1).sum(1).to(hidden_states.dtype)
+    x = hidden_states.index_select(0, tokens)  # [S, d]; indexing would take six times as long
+    h, y = _run(bank, x, counts)
+    dtype = torch.promote_types(y.dtype, gates.dtype)
+    bags = order.argsort().view(total, k)  # each token's pairs, as rows of y: output is their sum, weighted by gates
+    output = F.embedding_bag(bags, y.to(dtype), per_sample_weights=top_k_weights.to(dtype), mode="sum")
+    output = output.to(hidden_states.dtype)
     seen: _Observed | None = bank.__dict__.get("lean_observed")
     if seen is not None and len(seen.watcher.mask):  # not in the forward pass that reads the anatomy
         call = ExpertCall(hidden_states, seen.logits, output, x, h, y, gates, tokens, tuple(counts))
         seen.watcher.see_experts(seen.layer, call.without_padding(seen.watcher.mask.flatten()))
     return output
+
+
+def _run(bank: Any, x: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
+    """What the experts make of their pairs, sorted by expert: [S, d] -> h [S, f], y [S, d]."""
+    up, down = bank.gate_up_proj, bank.down_proj
+    if len(x) <= FEW_PAIRS * len(counts) and _groupable(x, up) and _groupable(x, down):
+        ends = torch.tensor(counts, device=x.device).cumsum(0, dtype=torch.int32)  # [E]
+        h = bank._apply_gate(F.grouped_mm(x, up.transpose(1, 2), offs=ends))
+        return h, F.grouped_mm(h, down.transpose(1, 2), offs=ends)
+    h, y = x.new_empty(len(x), down.shape[-1]), torch.empty_like(x)
+    start = 0
+    for expert, count in enumerate(counts):
+        if count:
+            part = slice(start, start + count)
+            h[part] = bank._apply_gate(F.linear(x[part], up[expert]))
+            y[part] = F.linear(h[part], down[expert])
+            start += count
+    return h, y
+
+
+def _groupable(x: Tensor, weight: Tensor) -> bool:
+    """torch's grouped product takes rows [S, in] and `weight` [E, out, in] of one of three types, with every row of the
+    weight at a multiple of 16 bytes, on a CPU or a GPU no older than Ampere."""
+    typed = x.dtype == weight.dtype and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    aligned = weight.data_ptr() % 16 == 0 and weight.shape[-1] * weight.element_size() % 16 == 0
+    return typed and aligned and (not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 0))
