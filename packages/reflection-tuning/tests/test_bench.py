@@ -31,6 +31,8 @@ def test_both_ways_are_measured(room: Path, student: Path) -> None:
         replies["replies a second"] / replies["batches of ten, replies a second"]
     )
     assert replies["times as fast"] > 2
+    assert replies["times as fast, start and end included"] > 2
+    assert replies["of what is possible"] == pytest.approx(replies["replies a second"] * 0.02 * 1.45 / 64)
     assert scoring["records"] == 4
     assert scoring["tokens"] < 0.8 * scoring["tokens, published way"]
     assert scoring["tokens spared"] == pytest.approx(1 - scoring["tokens"] / scoring["tokens, published way"])

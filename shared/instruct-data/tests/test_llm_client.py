@@ -220,6 +220,8 @@ def test_keys_hold_everything_that_decides_the_reply():
     ]  # fmt: skip
     assert len({r.key for r in (base, *others)}) == 1 + len(others)
     assert base.key == request().key
+    written = Request("s", "m", ({"role": "user", "content": "x"},))  # journals of earlier versions stay of use
+    assert written.key == "0da50f822cd4ed22fdece04acd417257821def3ad98f8ca09b1db0822648ce3e"
     body = others[5].body()
     assert body["response_format"]["json_schema"]["schema"] == {"type": "object"}
     json.dumps(body)

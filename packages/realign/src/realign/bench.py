@@ -36,13 +36,13 @@ def run(seconds: float, levels: Sequence[int], rounds: int, records: Sequence[in
     journal = journal_cost()
     with paced(seconds) as url:
         measure(url, 2, 2)  # imports and first connections
-        one, _ = measure(url, 1, 5)
+        one = measure(url, 1, 5).rate
         rows = []
         for level in levels:
             began, before = time.monotonic(), waited()
             found = [measure(url, level, level * rounds) for _ in range(TURNS)]
             kept = (waited() - before) / (time.monotonic() - began)
-            rate, cpu = median(rate for rate, _ in found), median(cpu for _, cpu in found)
+            rate, cpu = median(pace.rate for pace in found), median(pace.cpu for pace in found)
             rows.append({
                 "in flight": level, "replies a second": rate, "of what is possible": rate * seconds / level,
                 "times one by one": rate / one, "CPU ms a reply": cpu,

@@ -314,7 +314,7 @@ def evaluate(
 def bench(
     latency: Annotated[float, typer.Option(min=0.01, help="Seconds that the server takes for a reply.")] = 0.2,
     in_flight: Annotated[str, typer.Option(help="Requests in flight, separated by commas.")] = "8,32,128,256",
-    rounds: Annotated[int, typer.Option(min=1, help="Replies of each, in multiples of that.")] = 10,
+    rounds: Annotated[int, typer.Option(min=1, help="Replies of each, in multiples of that.")] = 20,
     records: Annotated[
         str, typer.Option(help="Also the memory of the pipeline over so many records, such as 1000,200000 (minutes).")
     ] = "",

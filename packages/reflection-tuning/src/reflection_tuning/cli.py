@@ -348,7 +348,7 @@ def bench(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of scoring; medians are printed.")] = 3,
     latency: Annotated[float, typer.Option(min=0.01, help="Seconds that most replies take.")] = 0.2,
     in_flight: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 64,
-    replies: Annotated[int, typer.Option(min=1, help="Replies to wait for.")] = 1600,
+    replies: Annotated[int, typer.Option(min=1, help="Replies to wait for.")] = 6400,
     output: option.Figures = None,
     overwrite: option.Overwrite = False,
 ) -> dict[str, Any]:

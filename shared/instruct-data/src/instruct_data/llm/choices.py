@@ -10,14 +10,11 @@ import asyncio
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 from .endpoint import REPEATED, Endpoint
 from .rate import Sleep
 from .request import Reply, Request, Usage
-
-if TYPE_CHECKING:
-    import openai
 
 Waiting = list[tuple[Request, "asyncio.Future[Reply]"]]
 
@@ -80,8 +77,9 @@ class ChoicesEndpoint(Endpoint):
                 found += [reply] * count
         return found
 
-    def _next_client(self) -> openai.AsyncOpenAI:
-        return cast("openai.AsyncOpenAI", _Packing(super()._next_client()))
+    async def _post(self, body: Mapping[str, Any]) -> Any:
+        found = await super()._post(body)
+        return packed(found) if body.get("n", 1) > 1 else found
 
 
 def _apart(reply: Reply, count: int) -> list[Reply]:
@@ -90,19 +88,9 @@ def _apart(reply: Reply, count: int) -> list[Reply]:
     return [choices[0], *(replace(choice, usage=Usage(), attempts=0) for choice in choices[1:count])]
 
 
-class _Packing:
-    """A client whose replies hold all their choices in the text of the first, as JSON: [[text, finish reason], ...]."""
-
-    def __init__(self, client: openai.AsyncOpenAI) -> None:
-        self.client = client
-
-    async def post(self, path: str, *, body: Mapping[str, Any], cast_to: Any) -> Any:
-        found = await self.client.post(path, body=body, cast_to=cast_to)
-        return packed(found) if body.get("n", 1) > 1 else found
-
-
 def packed(body: Any) -> Any:
-    """`body` with one choice whose text holds those of all; a body that is no completion as it is."""
+    """`body` with one choice whose text holds those of all, as JSON: [[text, finish reason], ...]. A body that is no
+    completion as it is."""
     try:
         choices = [(choice["message"]["content"], choice.get("finish_reason") or "") for choice in body["choices"]]
     except (TypeError, KeyError, AttributeError):

@@ -81,6 +81,8 @@ class Ledger:
         """Raise `BudgetReached` where no further request may be sent, `RequestError` for a price that is missing."""
         if self.max_cost is not None and model not in self.prices.by_model:
             raise RequestError(f"a limit of cost needs the price of {model}: give it in the file of prices")
+        if self.max_cost is None and self.max_tokens is None and self.max_requests is None:
+            return
         total = self.total
         for name, limit, used in (
             ("cost", self.max_cost, total.cost or 0.0),

@@ -1,4 +1,4 @@
-"""Any server that speaks OpenAI's chat completions, by `openai.AsyncOpenAI`; all waiting and repeating is done here."""
+"""Any server that speaks OpenAI's chat completions: all waiting and repeating is done here."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import asyncio
 import os
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from model_hooks.errors import RequestError
 
@@ -18,9 +18,7 @@ from .cost import estimate
 from .errors import ServiceFailed
 from .rate import Bucket, Sleep, Window, asked_wait, backoff
 from .request import Reply, Request, reply_of
-
-if TYPE_CHECKING:
-    import openai
+from .wire import Refused, Wire
 
 REPEATED = (408, 409, 429)  # and 5xx
 FAILURES = 20  # requests in a row that failed for good open the circuit
@@ -71,20 +69,14 @@ class Endpoint:
         self.window = Window(concurrency)
         self._requests, self._tokens = Bucket(requests_per_minute), Bucket(tokens_per_minute)
         self._key, self._rng, self._failures = key, random.Random(seed), 0
-        self._clients: list[openai.AsyncOpenAI] = []
+        self._wires: list[Wire] = []
 
-    def _next_client(self) -> openai.AsyncOpenAI:
-        """Servers take turns. Over aiohttp, since a request costs httpx's own transport twice the time."""
-        if not self._clients:
-            from openai import AsyncOpenAI, DefaultAioHttpClient
-
-            for url in self.base_urls:
-                http = DefaultAioHttpClient(timeout=self.timeout)
-                self._clients.append(
-                    AsyncOpenAI(api_key=self._key, base_url=url, max_retries=0, timeout=self.timeout, http_client=http)
-                )
-            self._turns = cycle(self._clients)
-        return next(self._turns)
+    async def _post(self, body: Mapping[str, Any]) -> Any:
+        """What the server answers; several take turns."""
+        if not self._wires:
+            self._wires = [Wire(url, self._key) for url in self.base_urls]
+            self._turns = cycle(self._wires)
+        return await next(self._turns).post("/chat/completions", body)
 
     async def complete(self, request: Request, may_send: Callable[[], None], sleep: Sleep) -> Reply:
         """The reply, after as many attempts as it needs. `may_send()` is called before each, and may raise."""
@@ -95,7 +87,7 @@ class Endpoint:
             found = await self._attempt(request, may_send, sleep)
             if isinstance(found, Reply):
                 self._failures = 0
-                return replace(found, attempts=attempt)
+                return replace(found, attempts=attempt) if attempt > 1 else found
             error, wait = found
             if wait < 0:
                 break
@@ -106,8 +98,7 @@ class Endpoint:
 
     async def _attempt(self, request: Request, may_send: Callable[[], None], sleep: Sleep) -> Reply | tuple[str, float]:
         """The reply, or what went wrong and how long the server asks to wait; -1: it would go wrong again."""
-        import aiohttp
-        import openai
+        from aiohttp import ClientError
 
         guess = estimate(request).total
         await self._requests.take(1, sleep)
@@ -117,14 +108,13 @@ class Endpoint:
             await self.window.opened(sleep)
             may_send()
             sent = time.monotonic()
-            async with asyncio.timeout(self.timeout):  # httpx's own is for each read, however many there are
-                body = await self._next_client().post("/chat/completions", body=request.body(), cast_to=object)
-            reply = reply_of(body)
-        except openai.APIStatusError as error:
+            async with asyncio.timeout(self.timeout):
+                reply = reply_of(await self._post(request.body()))
+        except Refused as error:
             return self._refusal(error, sent)
-        except (TimeoutError, openai.APIConnectionError, aiohttp.ClientError) as error:  # the last: not HTTP at all
+        except (TimeoutError, ClientError) as error:
             return self._said(error), 0.0
-        except (ValueError, openai.APIError) as error:
+        except ValueError as error:
             return f"no completion in the reply: {self._said(error)}", 0.0
         finally:
             self.window.leave()
@@ -132,13 +122,13 @@ class Endpoint:
         self._tokens.correct(reply.usage.total - guess)
         return replace(reply, seconds=round(time.monotonic() - sent, 3))
 
-    def _refusal(self, error: openai.APIStatusError, sent: float) -> tuple[str, float]:
-        status, said = error.status_code, f"{error.status_code}: {self._said(error)}"
+    def _refusal(self, error: Refused, sent: float) -> tuple[str, float]:
+        status, said = error.status, f"{error.status}: {self._said(error)}"
         if status in (401, 403) or "insufficient_quota" in (error.code, error.type):
             raise ServiceFailed(f"the server refuses to serve, {said}")
         if status not in REPEATED and status < 500:
             return said, -1.0
-        wait = asked_wait(error.response.headers)
+        wait = asked_wait(error.headers)
         if status == 429:
             self.window.refused(sent)
             self.window.hold(wait)
@@ -150,6 +140,6 @@ class Endpoint:
         return line if self._key == "none" else line.replace(self._key, "[key]")
 
     async def close(self) -> None:
-        for client in self._clients:
-            await client.close()
-        self._clients = []
+        for wire in self._wires:
+            await wire.close()
+        self._wires = []

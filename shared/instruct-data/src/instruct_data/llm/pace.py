@@ -1,7 +1,7 @@
 """How fast requests go, on a server of this machine whose replies take a known time.
 
 The server runs in a process of its own: `python -m instruct_data.llm.pace SECONDS [EVERY TIMES]` answers every request
-after so many seconds, and each EVERYth one TIMES as late.
+after so many seconds, and one in EVERY, by chance, TIMES as late.
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import cycle
+from random import Random
+from typing import Any, NamedTuple, cast
 
 from instruct_data.journal import Journal
 
 from .client import Client, stream
 from .endpoint import Endpoint
-from .request import Request
+from .request import Reply, Request
 
 BODY = json.dumps({
     "choices": [{"message": {"role": "assistant", "content": "words " * 100}, "finish_reason": "stop"}],
@@ -29,23 +32,37 @@ REPLY = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %
 Way = Callable[[Client, Sequence[Request]], None]
 
 
+class Answering(asyncio.Protocol):
+    """One connection to the server: `delays` says after how many seconds each request is answered."""
+
+    def __init__(self, delays: Iterator[float]) -> None:
+        self._delays, self._received = delays, b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+        head, end, body = self._received.partition(b"\r\n\r\n")
+        if end and len(body) >= int(head.lower().partition(b"content-length:")[2].split(b"\r\n", 1)[0]):
+            self._received = b""
+            asyncio.get_running_loop().call_later(next(self._delays), self._transport.write, REPLY)
+
+
+def delays(seconds: float, every: int = 0, times: float = 1.0) -> Iterator[float]:
+    """For each reply the seconds until it comes; of 20 · EVERY replies 20 are late, always the same.
+
+    Of forty batches of ten, with one in twenty late, sixteen have a late one: as many as by chance, 40 · (1 - 0.95^10).
+    """
+    late = set(Random(1).sample(range(20 * every), 20)) if every else set()
+    for number in cycle(range(20 * every or 1)):
+        yield seconds * times if number in late else seconds
+
+
 async def serve(seconds: float, every: int = 0, times: float = 1.0) -> None:
-    """Answer for ever; says its port first."""
-    served = 0
-
-    async def connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal served
-        try:
-            while head := await reader.readuntil(b"\r\n\r\n"):
-                size = next(line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
-                await reader.readexactly(int(size.partition(b":")[2]))
-                served += 1
-                await asyncio.sleep(seconds * (times if every and served % every == 0 else 1))
-                writer.write(REPLY)
-        except (asyncio.IncompleteReadError, ConnectionError):
-            writer.close()
-
-    server = await asyncio.start_server(connection, "127.0.0.1", 0)
+    """Answer for ever; says its port first. Requests come one at a time on a connection, as this client sends them."""
+    coming = delays(seconds, every, times)
+    server = await asyncio.get_running_loop().create_server(lambda: Answering(coming), "127.0.0.1", 0)
     print(server.sockets[0].getsockname()[1], flush=True)
     await server.serve_forever()
 
@@ -81,18 +98,45 @@ def by_barrier(client: Client, requests: Sequence[Request]) -> None:
         pass
 
 
-def measure(url: str, concurrency: int, count: int, way: Way = in_order) -> tuple[float, float]:
-    """Replies a second, and CPU milliseconds a reply in this process."""
+class Pace(NamedTuple):
+    """Replies a second, from start to end and between the first and the last tenth of them; CPU milliseconds a reply in
+    this process."""
+
+    rate: float
+    midst: float
+    cpu: float
+
+
+class Watched(Endpoint):
+    """An endpoint that remembers when each reply came."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.came: list[float] = []
+
+    async def complete(
+        self, request: Request, may_send: Callable[[], None], sleep: Callable[[float], Awaitable[None]]
+    ) -> Reply:
+        reply = await super().complete(request, may_send, sleep)
+        self.came.append(time.monotonic())
+        return reply
+
+
+def measure(url: str, concurrency: int, replies: int, way: Way = in_order) -> Pace:
+    """How fast so many replies come."""
     text = "A question and its answer. " * 60
     with tempfile.TemporaryDirectory() as folder, Journal(folder, {}) as journal:
-        client = Client(Endpoint([url], concurrency=concurrency), journal)
+        endpoint = Watched([url], concurrency=concurrency)
         requests = [
             Request("rewrite", "model", ({"role": "user", "content": f"{n} {text}"},), {"max_tokens": 2048})
-            for n in range(count)
+            for n in range(replies)
         ]
         began, cpu = time.monotonic(), time.process_time()
-        way(client, requests)
-        return count / (time.monotonic() - began), 1e3 * (time.process_time() - cpu) / count
+        way(Client(endpoint, journal), requests)
+        seconds, used = time.monotonic() - began, time.process_time() - cpu
+    came, first, last = endpoint.came, replies // 10, replies - 1 - replies // 10
+    midst = (last - first) / (came[last] - came[first]) if last > first else replies / seconds
+    return Pace(replies / seconds, midst, 1e3 * used / replies)
 
 
 if __name__ == "__main__":

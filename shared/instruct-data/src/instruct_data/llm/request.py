@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -32,8 +32,7 @@ class Request:
     @cached_property
     def key(self) -> str:
         """The content hash under which the reply is kept; where the record stands is no part of it."""
-        made = {f.name: getattr(self, f.name) for f in fields(self)}
-        return content_key({**made, "messages": [dict(message) for message in self.messages]})
+        return content_key({**vars(self), "messages": [dict(message) for message in self.messages]})
 
     @property
     def seed(self) -> int:
@@ -68,7 +67,7 @@ class Usage:
         return self.prompt + self.completion
 
     def __add__(self, other: Usage) -> Usage:
-        return Usage(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+        return Usage(self.prompt + other.prompt, self.completion + other.completion, self.cached + other.cached)
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ class Reply:
 
     def stored(self) -> dict[str, Any]:
         """As the journal holds it."""
-        value = asdict(self)
+        value = {**vars(self), "usage": dict(vars(self.usage))}
         del value["journalled"], value["error"]
         return value
 
