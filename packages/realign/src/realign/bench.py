@@ -48,6 +48,7 @@ def run(seconds: float, levels: Sequence[int], rounds: int, records: Sequence[in
                 "times one by one": rate / one, "CPU ms a reply": cpu,
                 "a core allows, of what is possible": min(1.0, 1e3 / cpu * seconds / level),
                 "waited for a core, share of the time": kept, "journal, share of CPU": journal / cpu,
+                "journal, share of the time": journal * rate / 1e3,
             })  # fmt: skip
     told: dict[str, Any] = {"latency": seconds, "one by one, replies a second": one, "speed": rows}
     return told | ({"memory": memory(records)} if records else {})
