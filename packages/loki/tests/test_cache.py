@@ -225,3 +225,19 @@ def test_a_static_cache_is_converted_and_turned_back() -> None:
     for mine, theirs in zip(plain.layers, stock.layers, strict=True):
         assert mine.get_seq_length() == 21
         assert torch.allclose(mine.keys[:, :, :20], theirs.keys, atol=1e-5)
+
+
+def test_low_keys_stay_those_of_the_keys_when_buffers_grow_or_move() -> None:
+    layer, grown = LokiLayer(TURN, low=3), 0
+    layer.update(*states(5))
+    for i in range(400):
+        room = layer._keys.shape[2]
+        layer.update(*states(1, i))
+        grown += layer._keys.shape[2] != room
+    layer.offload()
+    assert grown > 0
+    assert layer._low is not None
+    assert layer._low.shape == (3, 2, layer._keys.shape[2], 3)
+    assert torch.equal(layer._low[:, :, :405].float(), low_keys(layer.keys, 3).float())
+    layer.reset()
+    assert layer.update(*states(4))[0]._loki.low is layer._low
