@@ -72,6 +72,35 @@ def test_gradients_against_float64(backend, shape, dtype):
         assert_close_to_oracle(gradient, oracle[name], "gradient", plain[name])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(17, 63, 65, 3), (3, 20, 129, 17)], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_straight_through_gradients_against_float64(backend, shape, dtype):
+    """The factors' are plain LoRA's, all others and the output those of the exact mode."""
+    given, mask = problem(shape, dtype), pruning(shape)
+    w = given.pop("w")
+
+    def ours(straight_through, **t):
+        return sparse_lora_matmul(
+            **t, w=w, mask=mask, scale=0.7, straight_through=straight_through, backend=backend
+        )  # fmt: skip
+
+    def plain(x, a, b, bias):
+        return x @ w.to(x.dtype).T + 0.7 * (x @ a.T) @ b.T + bias
+
+    out, found = with_gradients(lambda **t: ours(True, **t), given)
+    exact, exact_gradients = with_gradients(lambda **t: ours(False, **t), given)
+    assert torch.equal(out, exact)
+    _, oracle = with_gradients(plain, {name: t.double() for name, t in given.items()})
+    _, reference = with_gradients(plain, given)
+    for name, gradient in found.items():
+        assert gradient.dtype == dtype
+        if name in ("a", "b"):
+            assert_close_to_oracle(gradient, oracle[name], "gradient", reference[name])
+        else:
+            assert torch.equal(gradient, exact_gradients[name])
+
+
 def test_many_blocks_and_splits(monkeypatch):
     """Blocks of one row on the torch path, several programs' partial sums on the other."""
     from lean_kernels.triton import sparse_lora as kernels
@@ -178,7 +207,9 @@ def test_operators_are_registered_right_and_compile_whole():
         given, mask = problem(shape, torch.float32), pruning(shape)
         w = given.pop("w")
         x, a, b, bias = (t.requires_grad_() for t in given.values())
-        torch.library.opcheck(torch.ops.lean_kernels.sparse_lora_matmul, (x, w, a, b, mask, 0.7, bias, "auto"))
+        for through in (False, True):
+            given = (x, w, a, b, mask, 0.7, bias, through, "auto")
+            torch.library.opcheck(torch.ops.lean_kernels.sparse_lora_matmul, given)
     compiled = torch.compile(sparse_lora_matmul, fullgraph=True, dynamic=True, backend="aot_eager")
     for shape in SHAPES[1:3]:
         given, mask = problem(shape, torch.float32), pruning(shape)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .ops.sparse24 import matmul_24 as matmul_24
     from .ops.sparse24 import pack_24 as pack_24
     from .ops.sparse24 import unpack_24 as unpack_24
+    from .ops.sparse_lora import apply_mask_ as apply_mask_
     from .ops.sparse_lora import merge_sparse_lora as merge_sparse_lora
     from .ops.sparse_lora import pack_mask as pack_mask
     from .ops.sparse_lora import sparse_lora_matmul as sparse_lora_matmul
@@ -42,6 +43,7 @@ OPERATIONS = {
     "Packed24": "sparse24",
     "Routing": "mod",
     "TokenLosses": "linear_ce",
+    "apply_mask_": "sparse_lora",
     "check_24": "sparse24",
     "cosine_adjacent": "cosine",
     "cosine_gram": "cosine",

@@ -31,7 +31,7 @@ PRESETS = {
 
 
 def bench_sparse_lora(bench: Bench) -> None:
-    """Rows for the forward and for forward and backward."""
+    """Rows for the forward, and for forward and backward with either gradients of a and b."""
     for shape in PRESETS[bench.shapes]:
         rows, columns, depth, rank = shape
         x, w, a, b = (
@@ -47,21 +47,24 @@ def bench_sparse_lora(bench: Bench) -> None:
         moved = (weights + (rows + rank) * (columns + depth)) * bench.dtype.itemsize + weights // 8
         bench.row(
             "sparse_lora_matmul",
-            {**shape._asdict(), "train": 0},
+            {**shape._asdict(), "train": 0, "exact": 0},
             partial(ours, x, a=a, b=b),
             bytes=moved,
             flops=2 * weights * (rows + rank),
             baselines={name: partial(run, x, a=a, b=b) for name, run in baselines.items()},
         )
         leaves = {name: t.clone().requires_grad_() for name, t in {"x": x, "a": a, "b": b}.items()}
-        bench.row(
-            "sparse_lora_matmul",
-            {**shape._asdict(), "train": 1},
-            partial(step, ours, leaves),
-            bytes=2 * moved,
-            flops=2 * weights * (3 * rows + 4 * rank),  # forward, two products backward, delta twice and its gradients
-            baselines={name: partial(step, run, leaves) for name, run in baselines.items()},
-        )
+        for exact in (1, 0):
+            train = partial(ours, straight_through=not exact)
+            products = 2 + exact  # of the weight's size and all rows
+            bench.row(
+                "sparse_lora_matmul",
+                {**shape._asdict(), "train": 1, "exact": exact},
+                partial(step, train, leaves),
+                bytes=2 * moved,
+                flops=2 * weights * (products * rows + 2 * (products - 1) * rank),  # the weight made twice, delta read
+                baselines={name: partial(step, run, leaves) for name, run in baselines.items()},
+            )
 
 
 def materialised(x: Tensor, w: Tensor, a: Tensor, b: Tensor, mask: Tensor) -> Tensor:

@@ -5,16 +5,15 @@ The effective weight M ⊙ (W + s·B·A) is made for one block of rows at a time
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from lean_kernels._rt import product_dtype, sum_dtype
 
-CHUNK = 1 << 18  # values of an effective weight made at a time
-MIN_ROWS = 128  # of such a block: a narrower product is slow
+CHUNK = 1 << 22  # values of an effective weight that are held at a time
+CACHED = 1 << 18  # values masked at a time, while they lie in the processor's cache
+MIN_ROWS = 128  # of a block: a narrower product is slow
 
 
 def pack_mask(mask: Tensor) -> Tensor:
@@ -34,9 +33,9 @@ def unpack_mask(words: Tensor, columns: int) -> Tensor:
 def effective_weight(w: Tensor, a: Tensor, b: Tensor, mask: Tensor, scale: float) -> Tensor:
     """mask ⊙ (w + scale · b · a) in `product_dtype` of w, for any rows of w, b and mask."""
     wide = product_dtype(w)
-    a, out = a.to(wide), torch.empty(w.shape, dtype=wide, device=w.device)
-    for part in _parts(w):  # a block is masked while it lies in the processor's cache
-        torch.addmm(w[part].to(wide), b[part].to(wide), a, alpha=scale, out=out[part])
+    out = torch.empty(w.shape, dtype=wide, device=w.device)
+    for part in _parts(w, CACHED):
+        torch.addmm(*_in(wide, w[part], b[part], a), alpha=scale, out=out[part])
         apply_mask_(out[part], mask[part])
     return out
 
@@ -47,7 +46,7 @@ def apply_mask_(x: Tensor, mask: Tensor) -> Tensor:
     As integers, x is multiplied by 0 or 1: up to ten times faster on a CPU than with a bool as factor.
     """
     bits = {8: torch.int64, 4: torch.int32, 2: torch.int16}[x.dtype.itemsize]
-    for part in _parts(x):
+    for part in _parts(x, CACHED):
         keep = mask[part] if mask.dtype == torch.bool else unpack_mask(mask[part], x.shape[1])
         x[part].view(bits).mul_(keep.view(torch.int8).to(bits))
     return x
@@ -56,10 +55,14 @@ def apply_mask_(x: Tensor, mask: Tensor) -> Tensor:
 def sparse_lora_matmul(
     x: Tensor, w: Tensor, a: Tensor, b: Tensor, mask: Tensor, scale: float, bias: Tensor | None
 ) -> Tensor:
-    out = x.new_empty(x.shape[0], w.shape[0])
     wide = product_dtype(x)
-    rows, added = x.to(wide), None if bias is None else bias.to(wide)
-    for part, weight in _blocks(w, a, b, mask, scale):
+    (rows,), added = _in(wide, x), None if bias is None else bias.to(wide)
+    blocks = _parts(w, CHUNK)
+    if len(blocks) == 1:
+        return linear(rows, effective_weight(w, a, b, mask, scale), added).to(x.dtype)
+    out = x.new_empty(x.shape[0], w.shape[0])
+    for part in blocks:
+        weight = effective_weight(w[part], a, b[part], mask[part], scale)
         out[:, part] = linear(rows, weight, None if added is None else added[part])
     return out
 
@@ -68,36 +71,48 @@ def sparse_lora_backward(
     grad: Tensor, x: Tensor, w: Tensor, a: Tensor, b: Tensor, mask: Tensor, scale: float, for_x: bool, for_ab: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, a and b (empty where not wanted), from dD = scale · mask ⊙ (gradᵀ · x) of one block of rows."""
-    wide = product_dtype(x)
-    grad, rows, a_wide, b_wide = grad.to(wide), x.to(wide), a.to(wide), b.to(wide)
-    x_grad = torch.zeros(x.shape if for_x else (0,), dtype=sum_dtype(x), device=x.device)
-    a_grad = torch.zeros(a.shape if for_ab else (0,), dtype=sum_dtype(x), device=x.device)
-    b_grad = b.new_empty(b.shape if for_ab else (0,))
-    for part in _parts(w):
+    grad, rows, a_wide, b_wide = _in(product_dtype(x), grad, x, a, b)
+    x_grad, a_grad, b_grad = x.new_empty(0), a.new_empty(0), b.new_empty(b.shape if for_ab else 0)
+    for part in _parts(w, CHUNK):
         if for_x:
-            x_grad += grad[:, part] @ effective_weight(w[part], a, b[part], mask[part], scale)
+            x_grad = _added(x_grad, grad[:, part] @ effective_weight(w[part], a, b[part], mask[part], scale))
         if for_ab:
             delta = apply_mask_(grad[:, part].T @ rows, mask[part])
-            b_grad[part] = (delta @ a_wide.T).mul_(scale)
-            a_grad.add_(b_wide[part].T @ delta, alpha=scale)
-    return x_grad.to(x.dtype), a_grad.to(a.dtype), b_grad
+            b_grad[part] = (a_wide @ delta.T).mul_(scale).T  # in this order the product is quick
+            a_grad = _added(a_grad, (b_wide[part].T @ delta).mul_(scale))
+    x_grad, a_grad = _in(x.dtype, x_grad, a_grad)
+    return x_grad, a_grad, b_grad
+
+
+def straight_through(grad: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Gradients of a and b as if there were no mask: plain LoRA's, without a product of the weight's size."""
+    grad, rows, a_wide, b_wide = _in(product_dtype(x), grad, x, a, b)
+    a_grad = (grad @ b_wide).mul_(scale).T @ rows
+    b_grad = grad.T @ (rows @ a_wide.T).mul_(scale)
+    a_grad, b_grad = _in(a.dtype, a_grad, b_grad)
+    return a_grad, b_grad
 
 
 def merge_sparse_lora(w: Tensor, a: Tensor, b: Tensor, mask: Tensor, scale: float) -> Tensor:
     if product_dtype(w) == w.dtype:
         return effective_weight(w, a, b, mask, scale)
     out = torch.empty(w.shape, dtype=w.dtype, device=w.device)
-    for part, weight in _blocks(w, a, b, mask, scale):
-        out[part] = weight
+    for part in _parts(w, CHUNK):
+        out[part] = effective_weight(w[part], a, b[part], mask[part], scale)
     return out
 
 
-def _blocks(w: Tensor, a: Tensor, b: Tensor, mask: Tensor, scale: float) -> Iterator[tuple[slice, Tensor]]:
-    for part in _parts(w):
-        yield part, effective_weight(w[part], a, b[part], mask[part], scale)
+def _in(dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in that dtype; `to` alone takes 2 us where there is nothing to do."""
+    return tuple(t if t.dtype == dtype else t.to(dtype) for t in tensors)
 
 
-def _parts(w: Tensor) -> list[slice]:
-    """Blocks of rows of a matrix."""
-    step = max(MIN_ROWS, CHUNK // max(1, w.shape[1]))
+def _added(total: Tensor, term: Tensor) -> Tensor:
+    """total + term, in `sum_dtype` from the second term on; an empty total is none."""
+    return term if total.numel() == 0 else total.to(sum_dtype(term)).add_(term)
+
+
+def _parts(w: Tensor, values: int) -> list[slice]:
+    """Blocks of rows of a matrix, of about that many values."""
+    step = max(MIN_ROWS, values // max(1, w.shape[1]))
     return [slice(start, start + step) for start in range(0, w.shape[0], step)]

@@ -10,65 +10,10 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor
 
-from lean_kernels import pack_mask, sparse_lora_matmul, unpack_mask
-from lean_kernels.ref.sparse_lora import apply_mask_, effective_weight, merge_sparse_lora
+from lean_kernels import apply_mask_, merge_sparse_lora, pack_mask, sparse_lora_matmul, unpack_mask
 from model_hooks.errors import RequestError
 
 BACKWARDS = ("exact", "ste", "auto")
-
-
-class _Recompute(torch.autograd.Function):
-    """The exact backward pass on a CPU: the effective weight is made again, not kept.
-
-    `lean_kernels.sparse_lora_matmul` does the same in blocks of rows and for all dtypes; this needs one matrix more for
-    a moment, and is what makes it faster than autograd on the plain formula.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, w: Tensor, a: Tensor, b: Tensor, mask: Tensor, scale: float, bias: Tensor | None
-    ) -> Tensor:
-        ctx.save_for_backward(x, w, a, b, mask)
-        ctx.scale = scale
-        return F.linear(x, effective_weight(w, a, b, mask, scale), bias)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, w, a, b, mask = ctx.saved_tensors
-        grad = grads[0].reshape(-1, w.shape[0])
-        x_grad = a_grad = b_grad = None
-        if ctx.needs_input_grad[0]:
-            x_grad = (grad @ effective_weight(w, a, b, mask, ctx.scale)).view_as(x)
-        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
-            delta = apply_mask_(grad.T @ x.reshape(-1, w.shape[1]), mask)
-            a_grad, b_grad = ctx.scale * (b.T @ delta), ctx.scale * (a @ delta.T).T
-        bias_grad = grad.sum(0) if ctx.needs_input_grad[6] else None
-        return x_grad, None, a_grad, b_grad, None, None, bias_grad
-
-
-class _StraightThrough(torch.autograd.Function):
-    """The forward pass with the mask, the factors' gradients without it: no product of the weight's size is needed."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, w: Tensor, a: Tensor, b: Tensor, mask: Tensor, scale: float, bias: Tensor | None
-    ) -> Tensor:
-        ctx.save_for_backward(x, w, a, b, mask)
-        ctx.scale = scale
-        return F.linear(x, merge_sparse_lora(w, a, b, mask, scale), bias)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, w, a, b, mask = ctx.saved_tensors
-        grad = grads[0].reshape(-1, w.shape[0])
-        rows = x.reshape(-1, w.shape[1])
-        x_grad = None
-        if ctx.needs_input_grad[0]:
-            x_grad = (grad @ merge_sparse_lora(w, a, b, mask, ctx.scale)).view_as(x)
-        a_grad = (grad @ b).mul_(ctx.scale).T @ rows
-        b_grad = grad.T @ (rows @ a.T).mul_(ctx.scale)
-        bias_grad = grad.sum(0) if ctx.needs_input_grad[6] else None
-        return x_grad, None, a_grad, b_grad, None, None, bias_grad
 
 
 def masked_linear(
@@ -78,13 +23,9 @@ def masked_linear(
 
     backward: exact, the gradient of this formula; or ste, without the mask in the gradients of a and b.
     """
-    # autocast would give the passes below factors of other dtypes than they save
+    # autocast would give the passes factors of other dtypes than they save
     with torch.autocast(x.device.type, enabled=False):
-        if backward == "exact" and (x.is_cuda or w.dtype not in (torch.float32, torch.float64)):
-            return sparse_lora_matmul(x, w, a, b, mask, scale, bias)
-        way = _Recompute if backward == "exact" else _StraightThrough
-        out: Tensor = way.apply(x, w, a, b, mask, scale, bias)
-        return out
+        return sparse_lora_matmul(x, w, a, b, mask, scale, bias, straight_through=backward == "ste")
 
 
 class SparseLoraLinear(LoraLinear):
@@ -244,13 +185,11 @@ class SparseLoraLinear(LoraLinear):
         """The weight with adapters `names` merged, in the storage dtype."""
         weight = self._before_merge if self._before_merge is not None else self._weight()
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        gone = ~self._bool_mask()
-        merged = weight.detach().to(wide).masked_fill(gone, 0)
-        for name in names:
-            a, b = self._pair(name)
-            merged += self.scaling[name] * (b.to(wide) @ a.to(wide))
-        merged = merged.to(weight.dtype)
-        return merged if self.update == "dense" else merged.masked_fill(gone, 0)
+        a, b, scale = self._factors(names, wide)
+        dense = weight.detach().to(wide)
+        if self.update == "dense":
+            return dense.masked_fill(~self._bool_mask(), 0).addmm_(b, a, alpha=scale).to(weight.dtype)
+        return merge_sparse_lora(dense, a, b, self._kernel_mask(), scale).to(weight.dtype)
 
     def _write(self, weight: Tensor, merged: Tensor) -> None:
         if not bool(torch.isfinite(merged).all()):
