@@ -6,7 +6,7 @@ for every attention sublayer, every MLP and every block at once, and for every r
 
     C[i, g] = mean over tokens of cos(h_i, h_{i+g})   h_i: input of block i, h_L: output of the last block
 
-Cosines are taken in float32; what is kept are float64 sums and counts, so the memory does not grow with the data and
+Cosines are taken in float32, those of runs by `lean_kernels`; what is kept are float64 sums and counts, so the memory does not grow with the data and
 partial results of batches, processes or runs add up.
 """
 
@@ -17,10 +17,12 @@ from collections import deque
 import torch
 from torch import Tensor
 
+from lean_kernels import CosineAccumulator
+
 from .watch import ResidualWatcher, Unit
 
 EPS = 1e-8
-CHUNK = 64  # tokens whose gap cosines are summed in float32 before the float64 sum
+ROOM = {"cpu": 1 << 21, "cuda": 1 << 26}  # values of all states laid side by side at a time
 
 
 class ResidualSimilarity(ResidualWatcher):
@@ -61,7 +63,7 @@ class ResidualSimilarity(ResidualWatcher):
         if gaps:
             self.sums["gaps"] = zeros(num_layers + 1, num_layers + 1)
         self._recent: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=3)  # stream, its real tokens, their sizes
-        self._states: list[tuple[Tensor, Tensor]] = []  # of h_0 .. h_i: tokens [N, H] and sizes [N]
+        self._states: list[Tensor] = []  # h_0 .. h_i, [N, H]
         self._pending: list[tuple[Tensor, Tensor]] = []  # (a part of `sums`, what to add): moved once a batch
         self._scratch = torch.zeros(0)
 
@@ -88,12 +90,12 @@ class ResidualSimilarity(ResidualWatcher):
 
     def _see_block(self, index: int, before: Tensor, after: Tensor, mask: Tensor, tokens: Tensor) -> None:
         if self.whole_batches:
-            self._states.append((real_tokens(before, mask), self._real_tokens(before, mask)[1]))
+            self._states.append(real_tokens(before, mask))
         if index < self.num_layers - 1:
             return
         self._add(self.sums["tokens"], tokens)
         if self.whole_batches:
-            self._states.append(self._real_tokens(after, mask))
+            self._states.append(real_tokens(after, mask))
             self._add(self.sums["gaps"], gap_cosines(self._states))
 
     def _add(self, total: Tensor, value: Tensor) -> None:
@@ -126,20 +128,15 @@ def real_tokens(stream: Tensor, mask: Tensor) -> Tensor:
     return stream.flatten(0, 1) if bool(mask.all()) else stream[mask.to(stream.device)]
 
 
-def gap_cosines(states: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Sum over tokens of cos(h_i, h_j), [L+1, L+1] float64, from the states h_i [N, H] and their sizes [N].
-
-    With every state normalised, the sum over tokens of all pairs of cosines is one matrix product over (token, H).
-    """
-    last = states[-1][0]
-    total = torch.zeros(len(states), len(states), dtype=torch.float64, device=last.device)
-    room = last.new_empty(len(states), min(CHUNK, len(last)), last.shape[-1])
-    for start in range(0, len(last), CHUNK):
-        part = slice(start, start + CHUNK)
-        unit = room[:, : len(last[part])]
-        for i, (tokens, size) in enumerate(states):
-            scale = size[part].clamp_min(EPS).reciprocal()[:, None]
-            torch.mul(tokens[part].to(last.device), scale.to(last.device), out=unit[i])
-        flat = unit.flatten(1)
-        total += (flat @ flat.T).double()
-    return total
+def gap_cosines(states: list[Tensor]) -> Tensor:
+    """Sum over tokens of cos(h_i, h_j), [L+1, L+1] float64, from the states h_i [N, H], on the last one's device."""
+    last = states[-1]
+    if not len(last):
+        return torch.zeros(len(states), len(states), dtype=torch.float64)
+    step = max(1, ROOM.get(last.device.type, ROOM["cuda"]) // (len(states) * last.shape[-1]))
+    room = last.new_empty(len(states), min(step, len(last)), last.shape[-1])
+    sums = CosineAccumulator("gram")
+    for start in range(0, len(last), step):
+        parts = [tokens[start : start + step].to(last.device) for tokens in states]
+        sums.update(torch.stack(parts, out=room[:, : len(parts[0])]))
+    return sums.result().sum
