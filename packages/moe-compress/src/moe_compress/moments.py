@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from model_hooks.experts import ExpertCall, MoeLayer, watching_experts
 from model_hooks.trace import first_tensor
 from model_hooks.watch import ResidualWatcher
+
+Key = tuple[str, int | None]  # source and expert of a `Matrix`
 
 
 @dataclass(frozen=True)
@@ -30,15 +32,15 @@ class Matrix:
     source: str  # "in" and "hidden" of an expert, the module's name of a Linear
 
     @property
-    def key(self) -> tuple[str, int | None]:
+    def key(self) -> Key:
         """Matrices with the same key have the same inputs."""
         return self.source, self.expert
 
 
 @dataclass(frozen=True)
 class Moment:
-    """Of `n` inputs [d]: `square` [d] is the sum of squares, `outer` [d, d] of products (None where not wanted); once
-    `Moments.finish` has run, `outer` is 2/N times that, the Hessian of the squared error."""
+    """Of `n` inputs [d]: `square` [d] is the sum of squares, `outer` [d, d] is 2/n times that of
+    products, the Hessian of the squared error (None where not wanted)."""
 
     n: int
     square: Tensor
@@ -49,33 +51,50 @@ class Moment:
         mine, theirs = (1 - share) / max(self.n, 1), share / max(other.n, 1)
         outer = None
         if self.outer is not None and other.outer is not None:
-            outer = self.outer * mine + other.outer * theirs
+            outer = self.outer * (1 - share) + other.outer * share
         return Moment(1, self.square * mine + other.square * theirs, outer)
 
 
 def moment_of(x: Tensor, outer: bool) -> Moment:
     """The moment of inputs [n, d]."""
     x = x.float()
-    return Moment(len(x), x.square().sum(0), x.T @ x if outer else None)
+    return Moment(len(x), x.square().sum(0), (x.T @ x).mul_(2 / max(len(x), 1)) if outer else None)
 
 
 class Moments(ResidualWatcher):
     """Collects the moments of `matrices` of one block, and the first `sample_tokens` inputs of its mixture.
 
     Attributes:
-        found: `Matrix.key` -> moment.
+        found: `Matrix.key` -> moment, once `finish` was called.
         sample: [N, d].
     """
 
     def __init__(self, matrices: list[Matrix], *, outer: bool, sample_tokens: int) -> None:
         self.sums, self.outer, self.sample_tokens = {}, outer, sample_tokens
         self.wanted = {m.key: m.weight.shape[1] for m in matrices}
-        self.experts = sorted({m.expert for m in matrices if m.expert is not None})
-        self.found: dict[tuple[str, int | None], Moment] = {}
+        self.experts: dict[str, list[int]] = {}  # source -> experts whose inputs are wanted
+        for source, expert in self.wanted:
+            if expert is not None:
+                self.experts.setdefault(source, []).append(expert)
+        device = matrices[0].weight.device if matrices else None
+        # one tensor for all experts, [E', d], so that one addition serves them all
+        self.together = {
+            source: torch.zeros(len(experts), self.wanted[source, experts[0]], device=device)
+            for source, experts in self.experts.items()
+        }
+        self.squares: dict[Key, Tensor] = {
+            (source, expert): square
+            for source, experts in self.experts.items()
+            for expert, square in zip(experts, self.together[source], strict=True)
+        }
+        self.outers: dict[Key, Tensor] = {}
+        self.counts: dict[Key, int] = dict.fromkeys(self.wanted, 0)
         for key, width in self.wanted.items():
-            device = matrices[0].weight.device
-            square = torch.zeros(width, device=device)
-            self.found[key] = Moment(0, square, torch.zeros(width, width, device=device) if outer else None)
+            if key not in self.squares:
+                self.squares[key] = torch.zeros(width, device=device)
+            if outer:
+                self.outers[key] = torch.zeros(width, width, device=device)
+        self.found: dict[Key, Moment] = {}
         self.sample = torch.zeros(0)
 
     def see(self, *_: Any) -> None:
@@ -85,24 +104,23 @@ class Moments(ResidualWatcher):
         if len(self.sample) < self.sample_tokens:
             more = call.hidden_states[: self.sample_tokens - len(self.sample)].clone()
             self.sample = torch.cat([self.sample, more]) if len(self.sample) else more
-        for expert in self.experts:
-            for source, inputs in (("in", call.x), ("hidden", call.h)):
-                if (source, expert) in self.wanted and call.counts[expert]:
-                    self.add((source, expert), inputs[call.part(expert)])
-
-    def add(self, key: tuple[str, int | None], x: Tensor) -> None:
-        """Add inputs [n, d], in place."""
-        x, moment = x.float(), self.found[key]
-        moment.square.add_(x.square().sum(0))
-        if moment.outer is not None:
-            moment.outer.addmm_(x.T, x)
-        self.found[key] = replace(moment, n=moment.n + len(x))
+        for source, inputs in (("in", call.x), ("hidden", call.h)):
+            experts = self.experts.get(source)
+            if not experts:
+                continue
+            squares = call.sums(inputs.float().square())  # [E, d]
+            self.together[source].add_(squares if len(experts) == len(squares) else squares[experts])
+            for expert in experts:
+                self.counts[source, expert] += call.counts[expert]
+                if self.outers:
+                    x = inputs[call.part(expert)].float()
+                    self.outers[source, expert].addmm_(x.T, x)
 
     def finish(self) -> None:
-        """Make Hessians of the products, in place: a second one would take more memory than an expert's weights."""
-        for moment in self.found.values():
-            if moment.outer is not None:
-                moment.outer.mul_(2 / max(moment.n, 1))
+        """Fill `found`. Hessians are made in place: a second one would take more memory than an expert's weights."""
+        for key, square in self.squares.items():
+            n, outer = self.counts[key], self.outers.get(key)
+            self.found[key] = Moment(n, square, None if outer is None else outer.mul_(2 / max(n, 1)))
 
     @contextmanager
     def watching(self, model: Any, block: nn.Module, layer: MoeLayer | None) -> Iterator[None]:
@@ -119,8 +137,13 @@ class Moments(ResidualWatcher):
     def _linear(self, source: str) -> Callable[..., None]:
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = first_tensor(args, kwargs)
-            if x is not None and self.mask.numel():
-                self.add((source, None), x.reshape(-1, x.shape[-1])[self.mask.flatten().to(x.device)])
+            if x is None or not self.mask.numel():
+                return
+            x, key = x.reshape(-1, x.shape[-1])[self.mask.flatten().to(x.device)].float(), (source, None)
+            self.squares[key].add_(x.square().sum(0))
+            self.counts[key] += len(x)
+            if self.outers:
+                self.outers[key].addmm_(x.T, x)
 
         return hook
 

@@ -137,7 +137,6 @@ def slim_block(
     for wave in _waves(matrices, _room(how, matrices, workspace), everything):
         moments = _collect(how, model, block, layer, wave, show)
         _cover(how, layer, wave, moments, index, report)
-        moments.finish()
         for matrix in wave:
             grid, error = _slim_matrix(how, matrix, moments, layer, how.codes_of(index))
             wrong.setdefault(matrix.name.rpartition(".")[2], []).append(error)
@@ -199,6 +198,7 @@ def _collect(
     if how.method in NEEDS_DATA:
         with moments.watching(model, block.module, layer):
             show(moments)
+    moments.finish()
     return moments
 
 
