@@ -120,7 +120,7 @@ def install_locked() -> None:
     say("making .venv from uv.lock (torch with CUDA: about 5 GB, half a minute on a fast line)")
     pip = create(uv, folder, environment)
     export: list[str | Path] = [uv, "export", "--quiet", "--frozen", "--no-annotate", "--no-emit-workspace"]
-    export += ["--all-packages", "--all-extras", "--all-groups"]
+    export += ["--all-packages", "--all-extras", "--no-extra", "vllm", "--all-groups"]  # which clashes with the rest
     with tempfile.TemporaryDirectory() as room:
         pinned = Path(room) / "pinned.txt"
         pinned.write_text(run(export, env=environment, cwd=ROOT, capture_output=True).stdout)

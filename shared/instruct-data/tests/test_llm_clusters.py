@@ -149,8 +149,17 @@ def test_vllm_is_asked_with_what_a_request_says(vllm, tmp_path):
         asked(VllmModel("some/model"), tmp_path / "j", [request("c", logit_bias=1)])
 
 
+def test_vllm_without_a_gpu_is_one_clear_line(vllm, monkeypatch):
+    def none(self, model):
+        raise RuntimeError("Device string must not be empty")  # what 0.33 says
+
+    monkeypatch.setattr(Llm, "__init__", none)
+    with pytest.raises(RequestError, match=r"vLLM cannot run some/model here, is there a GPU\? It said: Device string"):
+        VllmModel("some/model")
+
+
 @pytest.mark.parametrize(("name", "missing", "says"), [
-    ("vllm", "vllm", "the backend vllm needs vLLM: pip install vllm"),
+    ("vllm", "vllm", r"the backend vllm needs vLLM: install with the extra \[vllm\]"),
     ("ray", "ray", r"the backend ray needs ray: install with the extra \[ray\]"),
 ])  # fmt: skip
 def test_what_is_missing_is_named(name, missing, says, tmp_path, monkeypatch):

@@ -6,8 +6,8 @@ for every attention sublayer, every MLP and every block at once, and for every r
 
     C[i, g] = mean over tokens of cos(h_i, h_{i+g})   h_i: input of block i, h_L: output of the last block
 
-Cosines are taken in float32, those of runs by `lean_kernels`; what is kept are float64 sums and counts, so the memory does not grow with the data and
-partial results of batches, processes or runs add up.
+Cosines are taken in float32, those of runs by `lean_kernels`; what is kept are float64 sums and counts, so the memory
+does not grow with the data and partial results of batches, processes or runs add up.
 """
 
 from __future__ import annotations

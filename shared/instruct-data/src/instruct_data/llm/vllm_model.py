@@ -1,7 +1,7 @@
 """A model in this process, by vLLM, which batches by itself: no server, the same journal and the same replies.
 
-vLLM is installed by its user (`pip install vllm`), in an environment without llm-compressor: both want one version of
-compressed-tensors, and not the same.
+The extra `[vllm]` brings vLLM, in an environment without llm-compressor (so without moe-compress and ressa): each wants
+a version of compressed-tensors that the other refuses.
 """
 
 from __future__ import annotations
@@ -25,19 +25,23 @@ class VllmModel(Gathered):
     """Answers with `vllm.LLM.chat`, a schema by structured outputs.
 
     model: Hub id or folder. max_tokens: of an answer where the request says nothing. options: of `vllm.LLM`. A request
-    is sampled with a seed of its own content. Raises `RequestError` where vLLM is missing, and for sampling fields that
-    are not known here.
+    is sampled with a seed of its own content. Raises `RequestError` where vLLM is missing or cannot run the model, and
+    for sampling fields that are not known here.
     """
 
     def __init__(self, model: str, *, max_tokens: int = 512, most: int = MOST, **options: Any) -> None:
         try:
-            vllm = importlib.import_module("vllm")  # not declared: it cannot be in the workspace's lock
+            vllm = importlib.import_module("vllm")
         except ImportError:
             raise RequestError(
-                "the backend vllm needs vLLM: pip install vllm (without llm-compressor beside it)"
+                "the backend vllm needs vLLM: install with the extra [vllm], in an environment without llm-compressor"
             ) from None
         super().__init__(most, linger=0.05)
-        self.vllm, self.model, self.max_tokens = vllm, vllm.LLM(model=model, **options), max_tokens
+        self.vllm, self.max_tokens = vllm, max_tokens
+        try:
+            self.model = vllm.LLM(model=model, **options)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise RequestError(f"vLLM cannot run {model} here, is there a GPU? It said: {error}") from error
 
     async def run(self, requests: Sequence[Request], sleep: Sleep) -> AsyncIterator[tuple[int, Reply]]:
         how = [self._sampling(request) for request in requests]
