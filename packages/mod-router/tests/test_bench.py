@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from mod_router import bench
 
 from paper_tables import probe
@@ -26,3 +27,25 @@ def test_a_cheap_step_and_a_whole_one_train_the_same_state() -> None:
     found = bench.bench_training(probe.probe_model(4, 64), "last:2", batch=2, length=16, rounds=3)
     assert found["optimizer_bytes"] == 2 * found["router_bytes"] == 2 * 2 * 64 * 4
     assert found["step_over_forward"] > 1
+
+
+def test_a_ragged_batch_trains_as_its_examples_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = probe.probe_model(4, 64)
+    training = bench.Training(base, "last:2", batch=3, length=16, ragged=True)
+    assert training.mask.sum(-1).tolist() == [8, 12, 16]
+    assert int((training.labels != -100).sum()) == 4 + 8 + 12
+    assert all(p.requires_grad for p in training.routers)
+    before = [w.detach().clone() for w in training.routers]
+    gradients: list[list[torch.Tensor]] = []
+    monkeypatch.setattr(training.optimizer, "zero_grad", lambda: gradients.append([w.grad for w in training.routers]))
+    for rows in (3, 1):
+        for weight, old in zip(training.routers, before):
+            weight.data.copy_(old)
+            weight.grad = None
+        with training:
+            training.step(True, rows)
+    torch.testing.assert_close(gradients[0], gradients[1])
+    assert all(float(g.abs().max()) > 0 for g in gradients[0])
+    assert all(p.requires_grad and p.grad is None for p in base.parameters())
+    found = bench.bench_batching(base, "last:2", batch=3, lengths=[8, 16], rounds=3)
+    assert list(found) == ["8", "16"]
