@@ -24,7 +24,7 @@ LORA = {"lora_rank": 2, "lora_rate": 1e-3, "repair": "mean"}
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {},
     "zero2": {"deepspeed": "zero2"},
-    "zero3": {"deepspeed": "zero3"},
+    "zero3": {"deepspeed": "zero3", **LORA},
     "fsdp": {"fsdp": True, **LORA},
 }
 # accelerate cuts models over GPUs only; FSDP2 itself runs on a CPU too. This tells accelerate that the CPU is a GPU.
