@@ -89,17 +89,8 @@ def test_an_environment_without_its_python_is_made_anew(tmp_path):
 def test_this_environment_is_the_locks():
     """The versions that run these tests are the locked ones, unless the newest were asked for."""
     uv, settings = environment.find_uv(), environment.site_environment()
-    options = [
-        "--frozen",
-        "--all-packages",
-        "--all-extras",
-        "--no-extra",
-        "vllm",
-        "--all-groups",
-        "--no-emit-workspace",
-        "--no-hashes",
-    ]
-    command = [str(uv), "export", "--quiet", "--no-header", "--no-annotate", *options]
+    options = [*environment.EXPORT, "--all-groups", "--no-hashes", "--no-header"]
+    command = [str(uv), "export", "--quiet", *options]
     exported = subprocess.run(command, cwd=environment.ROOT, env=settings, capture_output=True, text=True, check=True)
     frozen = subprocess.run(
         [str(uv), "pip", "freeze", "--python", sys.executable], env=settings, capture_output=True, text=True, check=True

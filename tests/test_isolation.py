@@ -46,16 +46,7 @@ def call(*command: object, cwd: Path, **extra: str) -> str:
 def locked_versions(tmp_path_factory):
     """The lock's third-party versions as constraints."""
     uv, _ = settings()
-    options = [
-        "--frozen",
-        "--all-packages",
-        "--all-extras",
-        "--no-extra",
-        "vllm",
-        "--no-emit-workspace",
-        "--no-hashes",
-        "--no-header",
-    ]
+    options = [*environment.EXPORT, "--no-hashes", "--no-header"]
     file = tmp_path_factory.mktemp("lock") / "constraints.txt"
     file.write_text(call(uv, "export", "--quiet", *options, cwd=environment.ROOT))
     return file

@@ -22,6 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 UV_REQUIREMENT = "uv>=0.13,<0.14"
 STAMP = "leanformers.stamp"
+# of `uv export`: the lock as it is installed; vLLM, which llm-compressor refuses beside itself, goes with no whole
+EXPORT = ("--frozen", "--all-packages", "--all-extras", "--no-extra", "vllm", "--no-emit-workspace", "--no-annotate")
 
 
 def say(text: str) -> None:
@@ -119,8 +121,7 @@ def install_locked() -> None:
     uv, environment = find_uv(), site_environment()
     say("making .venv from uv.lock (torch with CUDA: about 5 GB, half a minute on a fast line)")
     pip = create(uv, folder, environment)
-    export: list[str | Path] = [uv, "export", "--quiet", "--frozen", "--no-annotate", "--no-emit-workspace"]
-    export += ["--all-packages", "--all-extras", "--no-extra", "vllm", "--all-groups"]  # which clashes with the rest
+    export: list[str | Path] = [uv, "export", "--quiet", *EXPORT, "--all-groups"]
     with tempfile.TemporaryDirectory() as room:
         pinned = Path(room) / "pinned.txt"
         pinned.write_text(run(export, env=environment, cwd=ROOT, capture_output=True).stdout)
