@@ -112,16 +112,21 @@ def native_bf16() -> bool:
         return False
 
 
-def linearity(model: Any, tokenizer: Any, sizes: Sequence[int]) -> dict[str, float]:
-    """How straight time over tokens is, for so many records: R², and how far the tokens a second between one size and
-    the next stray from their median, in percent (set-up, the same for all sizes, is not in these)."""
-    points = []
-    for size in sizes:
-        seconds, scores = timed(partial(score, model, tokenizer, probe_pairs(size)))
-        points.append((scores.facts["tokens"], seconds))
-    tokens, times = torch.tensor(points, dtype=torch.float64).T
-    r2 = float(torch.corrcoef(torch.stack([tokens, times]))[0, 1] ** 2)
-    speeds = tokens.diff() / times.diff()
+def linearity(model: Any, tokenizer: Any, sizes: Sequence[int], rounds: int) -> dict[str, float]:
+    """How straight time over tokens is, for so many records: R², and how far the tokens a second of one size stray from
+    those of all, in percent. Medians of rounds that take all sizes in turn."""
+    batches = [probe_pairs(size) for size in sizes]
+    times: list[list[float]] = [[] for _ in sizes]
+    counts = [0] * len(sizes)
+    for _ in range(rounds):
+        for place, pairs in enumerate(batches):
+            seconds, scores = timed(partial(score, model, tokenizer, pairs))
+            times[place].append(seconds)
+            counts[place] = scores.facts["tokens"]
+    tokens = torch.tensor(counts, dtype=torch.float64)
+    middle = torch.tensor([median(found) for found in times], dtype=torch.float64)
+    r2 = float(torch.corrcoef(torch.stack([tokens, middle]))[0, 1] ** 2)
+    speeds = tokens / middle
     return {"r2": r2, "drift_percent": float(100 * (speeds / speeds.median() - 1).abs().max())}
 
 
@@ -192,6 +197,6 @@ def run(
             found["tokenising_percent"] = tokenisation(reader, pairs, rows[0]["seconds"])
     sizes = [scaling // k for k in (8, 4, 2, 1)]
     found["linear_records"] = sizes
-    found |= {f"linear_{k}": v for k, v in linearity(probe_model(small=True), _tokenizer(), sizes).items()}
+    found |= {f"linear_{k}": v for k, v in linearity(probe_model(small=True), _tokenizer(), sizes, rounds).items()}
     found["two_ranks_times_faster"] = ranks_speedup(scaling)
     return {**found, "speed": rows}
