@@ -8,7 +8,7 @@ from helpers_kernels import DEVICE, DTYPES, ON_DEVICE, assert_close_to_oracle, w
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lean_kernels.ops.sparse_lora import merge_sparse_lora, pack_mask, sparse_lora_matmul, unpack_mask
+from lean_kernels.ops.sparse_lora import apply_mask_, merge_sparse_lora, pack_mask, sparse_lora_matmul, unpack_mask
 from lean_kernels.ref import sparse_lora as ref
 
 pytestmark = ON_DEVICE  # pytest.mark.gpu where a GPU is
@@ -147,6 +147,21 @@ def test_merging_keeps_the_zeros_and_the_outputs():
     unmerged = sparse_lora_matmul(given["x"], w, a, b, mask, 0.7)
     torch.testing.assert_close(given["x"] @ merged.T, unmerged)
     assert torch.equal(merge_sparse_lora(w, a, b, mask, 0.0), w * mask)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("packed", [False, True], ids=["bool", "bits"])
+def test_masking_leaves_zeros_whatever_was_there(packed, dtype, monkeypatch):
+    monkeypatch.setattr(ref, "CACHED", 1)  # many blocks
+    shape = (1, 2 * ref.MIN_ROWS + 3, 33, 1)
+    x, mask = problem(shape, dtype)["w"], pruning(shape)
+    x[::3], x[1::3] = float("nan"), -float("inf")
+    wanted = x.masked_fill(~mask, 0)
+    found = apply_mask_(x, pack_mask(mask) if packed else mask)
+    assert found is x
+    torch.testing.assert_close(x, wanted, rtol=0, atol=0, equal_nan=True)
+    with pytest.raises(ValueError, match=r"mask is \[259, 1\] torch.bool; for x \[259, 33\]"):
+        apply_mask_(x, mask[:, :1])
 
 
 @pytest.mark.parametrize("columns", [1, 31, 32, 33, 129])
