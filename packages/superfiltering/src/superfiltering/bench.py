@@ -29,7 +29,7 @@ SENTENCE = re.compile(r"(?<=[.!?])\s+|\n")
 
 
 def probe_model(small: bool = False, dtype: torch.dtype = torch.float32, tiny: bool = False) -> Any:
-    """GPT-2 of 124M parameters (small: 16M, tiny: 7M) with random weights, of which speed does not depend."""
+    """GPT-2 of 124M parameters (small: 16M, tiny: 7M) with random weights, on which speed does not depend."""
     from transformers import AutoModelForCausalLM, GPT2Config
 
     torch.manual_seed(0)
