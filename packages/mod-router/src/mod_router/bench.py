@@ -3,7 +3,7 @@ cache bytes, and what a training step takes. All times are ratios of medians tak
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,27 +15,10 @@ from paper_tables.probe import token_ids
 from paper_tables.timing import Timed, decode, interleaved, prefill
 
 from .attaching import attach, routers
-from .context import routing_context
+from .context import Forced, closed, routing_context
 from .draft import sharing_copy
 from .gate import runtime_of
 from .objective import token_losses
-
-
-class Forced:
-    """A routed model whose decisions are given, as what times models calls it."""
-
-    def __init__(self, model: Any, forced: Mapping[int, Tensor]) -> None:
-        self.model, self.forced, self.device = model, forced, model.device
-
-    def __call__(self, **kwargs: Any) -> Any:
-        with routing_context(forced=self.forced):
-            return self.model(**kwargs)
-
-
-def closed(layers: tuple[int, ...], share: float, rows: int = 1) -> dict[int, Tensor]:
-    """Decisions that leave a share of the gated layers open, the same for all rows: the last ones are closed."""
-    keep = round(share * len(layers))
-    return {layer: torch.full((rows,), place < keep) for place, layer in enumerate(layers)}
 
 
 def bench_speed(base: Any, layers: str, *, context: int, new_tokens: int, rounds: int) -> list[dict[str, Any]]:

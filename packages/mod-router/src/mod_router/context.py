@@ -212,3 +212,20 @@ def routing_context(
         prompt=None,
     ):
         yield seen
+
+
+class Forced:
+    """A routed model whose decisions are given, as what times models calls it."""
+
+    def __init__(self, model: Any, forced: Mapping[int, Tensor]) -> None:
+        self.model, self.forced, self.device = model, forced, model.device
+
+    def __call__(self, **kwargs: Any) -> Any:
+        with routing_context(forced=self.forced):
+            return self.model(**kwargs)
+
+
+def closed(layers: tuple[int, ...], share: float, rows: int = 1) -> dict[int, Tensor]:
+    """Decisions that leave a share of the gated layers open, the same for all rows: the last ones are closed."""
+    keep = round(share * len(layers))
+    return {layer: torch.full((rows,), place < keep) for place, layer in enumerate(layers)}

@@ -271,7 +271,7 @@ def _speed(cell: Cell, context: Context, row: Row) -> dict[str, Any]:
     """Both phases beside the base, batch 1, the share of gates closed that was on the held-out data; cache bytes."""
     import torch
 
-    from mod_router.bench import Forced, closed
+    from mod_router.context import Forced, closed
     from mod_router.gate import runtime_of
     from model_hooks.kv import kv_bytes
     from paper_tables.probe import speed, token_ids
