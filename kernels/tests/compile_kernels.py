@@ -30,7 +30,7 @@ from lean_kernels.triton import cosine, linear_ce, loki, meo, mod, sparse24, spa
 H100 = GPUTarget("cuda", 90, 32)
 TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64",
-    torch.int8: "*i8", torch.uint8: "*u8",
+    torch.int8: "*i8",
 }  # fmt: skip
 
 
@@ -142,8 +142,6 @@ def launch_loki(dtype: torch.dtype) -> None:
             loki.loki_decode(q, pages, pages, rows, topk=rows, **kind, **more, mask=None, **rule)
             if group != 4:
                 continue
-            low = {**rule, "k_lo": cache[..., :32].to(torch.float8_e4m3fn)}
-            loki.loki_decode(q, cache, cache, rows, topk=tokens // 4, **kind, **bare, **low)
             more["mask"] = torch.ones(2, 1, 2, tokens, dtype=torch.bool)
             loki.loki_decode(q, cache, cache, rows, topk=rows, **kind, **{**more, "block_table": None}, **rule)
             one = {**bare, "sink": 1, "recent": 1}  # a size of 1 becomes a constant

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from .ops.linear_ce import merge_shards as merge_shards
     from .ops.loki import dense_decode as dense_decode
     from .ops.loki import loki_decode as loki_decode
-    from .ops.loki import low_keys as low_keys
     from .ops.meo import merged_matmul as merged_matmul
     from .ops.mod import Routing as Routing
     from .ops.mod import route as route
@@ -51,7 +50,6 @@ OPERATIONS = {
     "dense_decode": "loki",
     "linear_ce": "linear_ce",
     "loki_decode": "loki",
-    "low_keys": "loki",
     "matmul_24": "sparse24",
     "merge_shards": "linear_ce",
     "merge_sparse_lora": "sparse_lora",

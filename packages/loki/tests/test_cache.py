@@ -13,7 +13,6 @@ from lokimodels import basis_of, build, tokens
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
-from lean_kernels import low_keys
 from model_hooks import RequestError
 from model_hooks.kv import kv_bytes
 
@@ -25,7 +24,7 @@ def states(length: int, seed: int = 0, batch: int = 3) -> tuple[torch.Tensor, to
 
 def filled(turn: Turn | None = None, parts: tuple[int, ...] = (5, 1, 1, 4)) -> tuple[LokiLayer, DynamicLayer]:
     """A Loki layer and a stock one that were given the same."""
-    mine, stock = LokiLayer(turn, low=3), DynamicLayer()
+    mine, stock = LokiLayer(turn), DynamicLayer()
     for seed, length in enumerate(parts):
         mine.update(*states(length, seed))
         stock.update(*states(length, seed))
@@ -41,7 +40,6 @@ def same(mine: LokiLayer, stock: DynamicLayer) -> bool:
         mine.get_seq_length() == stock.get_seq_length()
         and mine.get_mask_sizes(3) == stock.get_mask_sizes(3)
         and torch.allclose(mine.keys, keys, atol=1e-6)
-        and torch.equal(mine._low[:, :, : mine.length].float(), low_keys(mine.keys, 3).float())
         and torch.equal(mine.values, stock.values)
     )
 
@@ -225,19 +223,3 @@ def test_a_static_cache_is_converted_and_turned_back() -> None:
     for mine, theirs in zip(plain.layers, stock.layers, strict=True):
         assert mine.get_seq_length() == 21
         assert torch.allclose(mine.keys[:, :, :20], theirs.keys, atol=1e-5)
-
-
-def test_low_keys_stay_those_of_the_keys_when_buffers_grow_or_move() -> None:
-    layer, grown = LokiLayer(TURN, low=3), 0
-    layer.update(*states(5))
-    for i in range(400):
-        room = layer._keys.shape[2]
-        layer.update(*states(1, i))
-        grown += layer._keys.shape[2] != room
-    layer.offload()
-    assert grown > 0
-    assert layer._low is not None
-    assert layer._low.shape == (3, 2, layer._keys.shape[2], 3)
-    assert torch.equal(layer._low[:, :, :405].float(), low_keys(layer.keys, 3).float())
-    layer.reset()
-    assert layer.update(*states(4))[0]._loki.low is layer._low

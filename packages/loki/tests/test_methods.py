@@ -292,21 +292,6 @@ def test_few_dimensions_of_a_decaying_spectrum_find_the_best_tokens() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["Llama", "Qwen2"])
-def test_low_keys_of_eight_bits_pick_by_rounded_scores_alone(family: str) -> None:
-    model, ids = build(family), tokens(2, 60, seed=2)
-    with session(model, basis_of(family), low="fp8", **SPARSE):
-        found = decoded(model, ids)
-    with session(model, basis_of(family), low="fp8", prefill="masked", **SPARSE):
-        assert torch.allclose(model(input_ids=ids).logits, found, atol=1e-4)
-    with session(model, basis_of(family), **SPARSE):
-        assert not torch.allclose(decoded(model, ids), found, atol=1e-4)  # some tokens are others
-    with session(model, basis_of(family), low="fp8", **(SPARSE | {"k": 1.0})):
-        everything = decoded(model, ids)
-    assert torch.allclose(everything, model(input_ids=ids).logits, atol=1e-4)  # and the keys are read as they are
-
-
-@torch.no_grad()
 def test_stats_tell_what_was_read() -> None:
     model, ids = build(), tokens(2, 40)
     with session(model, basis_of("Llama"), stats=True, stats_every=2, **(SPARSE | {"select": "head"})):

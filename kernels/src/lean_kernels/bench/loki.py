@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from lean_kernels.ops.loki import loki_decode, low_keys
+from lean_kernels.ops.loki import loki_decode
 from lean_kernels.ref import loki as ref
 
 from .harness import Bench, Run
@@ -36,23 +36,21 @@ PRESETS = {
     ],
 }
 SHARES = (0.25, 0.125)  # of the tokens that are read
-PLANES = ("none", "own", "fp8")
 
 
 def bench_loki(bench: Bench) -> None:
-    """Rows for each shape and share of tokens, with the low keys in place and in planes of their own."""
-    for shape, share, plane in itertools.product(PRESETS[bench.shapes], SHARES, PLANES):
+    """Rows for each shape and share of tokens, with the low keys in place and in a plane of their own."""
+    for shape, share, plane in itertools.product(PRESETS[bench.shapes], SHARES, (False, True)):
         topk = int(shape.tokens * share)
         caches = [_cache(bench, shape) for _ in range(_buffers(bench, shape))]
         dense = [dense_forms(q, k, v, lens) for q, k, v, _, lens in caches]
         item = bench.dtype.itemsize
         # low keys, scores out and in, chosen rows of both planes and their numbers
-        low = 1 if plane == "fp8" else item
-        per_head = shape.tokens * (LOW * low + 8) + topk * (2 * WIDTH * item + 4)
+        per_head = shape.tokens * (LOW * item + 8) + topk * (2 * WIDTH * item + 4)
         bench.row(
             "loki_decode",
             {"B": shape.batch, "Hq": shape.heads, "Hkv": shape.kv_heads, "S": shape.tokens, "D": WIDTH, "d": LOW,
-             "topk": topk, "low_bits": 8 * low if plane != "none" else 0},
+             "topk": topk, "low_plane": int(plane)},
             _turns([_sparse(bench, cache, topk, plane) for cache in caches]),
             bytes=shape.batch * shape.kv_heads * per_head,
             flops=2 * shape.batch * shape.heads * (shape.tokens * LOW + 2 * topk * WIDTH),
@@ -60,7 +58,7 @@ def bench_loki(bench: Bench) -> None:
         )  # fmt: skip
 
 
-Cache = tuple[Tensor, Tensor, Tensor, dict[str, Tensor | None], Tensor]
+Cache = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _buffers(bench: Bench, shape: Shape) -> int:
@@ -69,15 +67,14 @@ def _buffers(bench: Bench, shape: Shape) -> int:
 
 
 def _cache(bench: Bench, shape: Shape) -> Cache:
-    """q, k, v, the planes of low keys, and the lengths."""
+    """q, k, v, the low plane of k, and the lengths."""
 
     def random(heads: int, tokens: int) -> Tensor:
         return torch.randn(shape.batch, heads, tokens, WIDTH, device=bench.device).to(bench.dtype)
 
     q, k, v = random(shape.heads, 1), random(shape.kv_heads, shape.tokens), random(shape.kv_heads, shape.tokens)
     lens = torch.full((shape.batch,), shape.tokens, dtype=torch.int32, device=bench.device)
-    planes = {"none": None, "own": k[..., :LOW].contiguous(), "fp8": low_keys(k, LOW)}
-    return q, k, v, planes, lens
+    return q, k, v, k[..., :LOW].contiguous(), lens
 
 
 def _turns(runs: list[Run]) -> Run:
@@ -86,10 +83,10 @@ def _turns(runs: list[Run]) -> Run:
     return lambda: next(turn)()
 
 
-def _sparse(bench: Bench, cache: Cache, topk: int, plane: str) -> Run:
-    q, k, v, planes, lens = cache
+def _sparse(bench: Bench, cache: Cache, topk: int, plane: bool) -> Run:
+    q, k, v, low, lens = cache
     return lambda: loki_decode(
-        q, k, v, lens, d=LOW, topk=topk, scale=WIDTH**-0.5, k_lo=planes[plane], backend=bench.backend
+        q, k, v, lens, d=LOW, topk=topk, scale=WIDTH**-0.5, k_lo=low if plane else None, backend=bench.backend
     )
 
 

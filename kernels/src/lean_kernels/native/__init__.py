@@ -23,14 +23,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lean_kernels.ref.loki import LOW_DTYPE
-
 SOURCE = Path(__file__).with_name("loki.c")
 BASE = ("-O3", "-std=gnu11", "-fPIC", "-shared")
 # the first set that the compiler takes
 FLAGS = (("-march=native", "-fopenmp"), ("-march=native",), ())
 DTYPES = (torch.float32, torch.bfloat16)
-TYPES = (*DTYPES, LOW_DTYPE)  # by their numbers in loki.c
 PAGE, LARGE, MADV_HUGEPAGE = 1 << 12, 16 << 20, 14
 MAX_GROUP = 64  # query heads of a KV head: HEADS in loki.c
 
@@ -47,7 +44,7 @@ class _Plane(ctypes.Structure):
 class _Shape(ctypes.Structure):
     _fields_ = [
         *((name, c_int64) for name in ("batch", "heads", "kv_heads", "queries", "width", "low", "sink", "recent")),
-        *((name, c_int32) for name in ("type", "low_type", "by_head", "by_max", "threads")),
+        *((name, c_int32) for name in ("bfloat16", "by_head", "by_max", "threads")),
         ("scale", c_float),
         ("softcap", c_float),
     ]
@@ -73,13 +70,12 @@ def loki_decode(
     out = torch.zeros(q.shape, dtype=torch.float32)
     lse = torch.full(q.shape[:3], -torch.inf, dtype=torch.float32)
     threads = min(torch.get_num_threads(), rows * k.shape[1])
-    low = k if k_lo is None else k_lo
     shape = _Shape(
-        rows, heads, k.shape[1], queries, width, d, sink, recent, TYPES.index(k.dtype), TYPES.index(low.dtype),
-        select == "head", reduce == "max", threads, scale, softcap or 0.0,
+        rows, heads, k.shape[1], queries, width, d, sink, recent, k.dtype == torch.bfloat16, select == "head",
+        reduce == "max", threads, scale, softcap or 0.0,
     )  # fmt: skip
     floats = q.to(torch.float32).contiguous()
-    planes = [ctypes.byref(_Plane.of(plane)) for plane in (k, v, low)]
+    planes = [ctypes.byref(_Plane.of(plane)) for plane in (k, v, k if k_lo is None else k_lo)]
     counts = topk.tolist() if isinstance(topk, Tensor) and topk.ndim else [int(topk)] * rows
     starts = [0] * rows if start is None else start.tolist()
     numbers = [(c_int64 * rows)(*given) for given in (starts, lens.tolist(), counts)]

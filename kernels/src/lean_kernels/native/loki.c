@@ -1,5 +1,4 @@
-// Loki decode on a CPU: the arithmetic of lean_kernels/ref/loki.py for float32 and bfloat16 caches (low keys in a plane
-// of their own may be of float8_e4m3fn), one KV head a task.
+// Loki decode on a CPU: the arithmetic of lean_kernels/ref/loki.py for float32 and bfloat16 caches, one KV head a task.
 //
 // Rows of a cache are fetched ahead of their use: the chosen ones lie apart, and no processor foresees them. This file
 // is compiled when first asked for (see __init__.py).
@@ -12,11 +11,7 @@
 typedef float v8 __attribute__((vector_size(32), aligned(4)));
 typedef float v4 __attribute__((vector_size(16), aligned(4)));
 typedef int32_t i8 __attribute__((vector_size(32)));
-typedef int16_t s16 __attribute__((vector_size(32)));
-typedef uint16_t h16 __attribute__((vector_size(32), aligned(2)));
-typedef float v16 __attribute__((vector_size(64), aligned(4)));
-typedef int32_t i16 __attribute__((vector_size(64)));
-typedef int8_t b16 __attribute__((vector_size(16), aligned(1)));
+typedef uint16_t h8 __attribute__((vector_size(16), aligned(2)));
 typedef int32_t i4 __attribute__((vector_size(16)));
 #ifdef __clang__
 #define MIX(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
@@ -25,7 +20,6 @@ typedef int32_t i4 __attribute__((vector_size(16)));
 #endif
 
 enum { LANES = 8, CHUNK = 64, GROUP = 4, LINE = 64, HEADS = 64 };
-enum { FLOAT, BFLOAT16, FLOAT8 };  // TYPES in __init__.py; of 4 >> type bytes
 
 typedef struct {  // a plane of the cache: row j of batch row b and head h begins at data + (b, h, j) . strides
     const char *data;
@@ -34,11 +28,13 @@ typedef struct {  // a plane of the cache: row j of batch row b and head h begin
 
 typedef struct {
     int64_t batch, heads, kv_heads, queries, width, low, sink, recent;
-    int32_t type, low_type, by_head, by_max, threads;
+    int32_t bfloat16, by_head, by_max, threads;
     float scale, softcap;  // softcap 0: none
 } Shape;
 
-static inline float sum8(v8 x) { return ((x[0] + x[4]) + (x[1] + x[5])) + ((x[2] + x[6]) + (x[3] + x[7])); }
+static inline float sum8(v8 x) {
+    return ((x[0] + x[4]) + (x[1] + x[5])) + ((x[2] + x[6]) + (x[3] + x[7]));
+}
 
 static inline v4 halves(v8 x) {
     v4 low, high;
@@ -104,13 +100,13 @@ typedef struct {  // rows of a run of tokens; tokens NULL: first, first + 1, ..
     const char *data;
     int64_t stride, first, total, width;
     const int32_t *tokens;
-    int type;
+    int bfloat16;
     float *wide;
 } Rows;
 
 // Whether rows lie apart, so that the processor does not foresee the next ones
 static inline int apart(const Rows *of) {
-    return of->tokens || of->stride > of->width * (4 >> of->type);
+    return of->tokens || of->stride > of->width * (of->bfloat16 ? 2 : 4);
 }
 
 // Into the second cache: on an EPYC a third quicker than into the first, which is full of the rows in use
@@ -121,35 +117,24 @@ static inline const char *row_at(const Rows *of, int64_t i) {
     return of->data + (of->tokens ? of->tokens[i] : of->first + i) * of->stride;
 }
 
-// Sixteen numbers of a narrow type as float
-static inline v16 widened(const char *from, int type) {
-    if (type == BFLOAT16) return (v16)(__builtin_convertvector(*(const h16 *)from, i16) << 16);
-    s16 halfway = __builtin_convertvector(*(const b16 *)from, s16);  // at once, gcc 12 takes them one by one
-    i16 bits = __builtin_convertvector(halfway, i16), none = (bits & 127) == 127;
-    v16 x = (v16)((bits << 20) & (int32_t)0x87f00000) * 0x1p120f;  // exponents begin at 2^-7 there, at 2^-127 here
-    return (v16)((i16)x | (none & 0x7fc00000));
-}
-
-static inline void widen(const char *row, int64_t width, int type, float *wide) {
-    int64_t size = 4 >> type, c = 0;
-    for (; c + 2 * LANES <= width; c += 2 * LANES) *(v16 *)(wide + c) = widened(row + c * size, type);
-    char rest[4 * LANES] = {0};
-    memcpy(rest, row + c * size, (width - c) * size);
-    v16 last = widened(rest, type);
-    memcpy(wide + c, &last, (width - c) * sizeof(float));
-}
-
 // CHUNK rows from `at` on as float, in place or widened (past the end the last one again), and those to fetch meanwhile
 static void rows_of(const Rows *of, int64_t at, const float **rows, const char **next) {
     for (int64_t i = 0; i < CHUNK; i++) {
         const char *row = row_at(of, at + i);
         rows[i] = (const float *)row;
         next[i] = row_at(of, at + i + CHUNK);
-        if (of->type == FLOAT) continue;
+        if (!of->bfloat16) continue;
+        for (int64_t c = 0; c < of->width; c += LINE / 2) ahead(next[i] + 2 * c);
+        const uint16_t *half = (const uint16_t *)row;
         float *wide = of->wide + i * of->width;
-        for (int64_t at = 0; at < of->width * (4 >> of->type); at += LINE) ahead(next[i] + at);
-        widen(row, of->width, of->type, wide);
-        rows[i] = wide;
+        int64_t c = 0;
+        for (; c + LANES <= of->width; c += LANES)
+            *(v8 *)(wide + c) = (v8)(__builtin_convertvector(*(const h8 *)(half + c), i8) << 16);
+        for (; c < of->width; c++) {
+            uint32_t bits = (uint32_t)half[c] << 16;
+            memcpy(wide + c, &bits, 4);
+        }
+        rows[i] = of->wide + i * of->width;
     }
 }
 
@@ -157,7 +142,7 @@ static void rows_of(const Rows *of, int64_t at, const float **rows, const char *
 static void products(const float *q, int64_t step, int64_t heads, const Rows *of, float *logits, int64_t room) {
     const float *rows[CHUNK];
     const char *next[CHUNK];
-    int fetch = of->type == FLOAT && apart(of);  // rows in a run are foreseen
+    int fetch = !of->bfloat16 && apart(of);  // rows in a run are foreseen
     for (int64_t at = 0; at < of->total; at += CHUNK) {
         rows_of(of, at, rows, next);
         for (int64_t i = 0; i < CHUNK && at + i < of->total; i++) {
@@ -185,7 +170,7 @@ static void products(const float *q, int64_t step, int64_t heads, const Rows *of
 static void sums(const float *weights, int64_t room, int64_t heads, const Rows *of, float *out) {
     const float *rows[CHUNK];
     const char *next[CHUNK];
-    int fetch = of->type == FLOAT;
+    int fetch = !of->bfloat16;
     memset(out, 0, heads * of->width * sizeof(float));
     for (int64_t at = 0; at < of->total; at += CHUNK) {
         int64_t n = of->total - at < CHUNK ? of->total - at : CHUNK;
@@ -329,8 +314,8 @@ static void attend(const Shape *shape, Desk *at, const float *q, int64_t heads, 
                    const char *v, int64_t v_step, const int32_t *tokens, int64_t lo, int64_t n, float *out, float *lse,
                    int64_t step) {
     int64_t width = shape->width;
-    Rows keys = {k, k_step, lo, n, width, tokens, shape->type, at->wide};
-    Rows values = {v, v_step, lo, n, width, tokens, shape->type, at->wide};
+    Rows keys = {k, k_step, lo, n, width, tokens, shape->bfloat16, at->wide};
+    Rows values = {v, v_step, lo, n, width, tokens, shape->bfloat16, at->wide};
     products(q, width, heads, &keys, at->logits, at->room);
     double totals[HEADS];
     for (int64_t g = 0; g < heads; g++) {
@@ -360,7 +345,7 @@ static void query(const Shape *shape, Desk *at, const float *q, Plane k, Plane v
         attend(shape, at, at->q, group, keys, k.s, values, v.s, NULL, lo, n, out, lse, shape->queries);
         return;
     }
-    Rows leading = {low.data + b * low.b + h * low.h, low.s, lo, n, shape->low, NULL, shape->low_type, at->wide};
+    Rows leading = {low.data + b * low.b + h * low.h, low.s, lo, n, shape->low, NULL, shape->bfloat16, at->wide};
     products(at->q, width, group, &leading, at->logits, at->room);
     if (!shape->by_head) {
         reduce(at->logits, at->room, group, n, shape->by_max, at->unknown);

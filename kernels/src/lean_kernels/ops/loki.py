@@ -57,8 +57,7 @@ def loki_decode(
             tokens.
         block_table: [B, n] integers: the pages of each row.
         start: [B] integers, the padding on the left of each row.
-        k_lo: the leading d dimensions of k again, in any strides: quicker to read where they lie together, and more so
-            as float8_e4m3fn, which only rounds the scores that tokens are picked by (see `low_keys`).
+        k_lo: the leading d dimensions of k again, in any strides: quicker to read where they lie together.
         softcap: logits become softcap·tanh(logits / softcap); it does not enter the selection.
         return_lse: also give the natural log-sum-exp of the logits, float32 [B, Hq, Q] (float64 for float64).
         mask: bool [B, 1, Q, S], True where a token may be seen, besides what lens and start say.
@@ -98,15 +97,6 @@ def dense_decode(
     out = ref.dense_decode(q, k, v, lens, scale=scale, start=start, softcap=softcap, mask=mask)
     assert isinstance(out, Tensor)  # no log-sum-exp was asked for
     return out
-
-
-def low_keys(k: Tensor, d: int) -> Tensor:
-    """The leading d dimensions of keys [.., D] as float8_e4m3fn, a plane for `k_lo`: relative error 2^-4, no scale.
-
-    From 2^-6 down the error is 2^-10, and numbers beyond 448 are 448: keys are far from both.
-    """
-    largest = torch.finfo(ref.LOW_DTYPE).max
-    return k[..., :d].clamp(-largest, largest).to(ref.LOW_DTYPE)
 
 
 @torch.library.custom_op("lean_kernels::loki_decode", mutates_args=())
@@ -174,7 +164,7 @@ def _check_cache(q: Tensor, k: Tensor, v: Tensor, k_lo: Tensor | None, block_tab
     if not q.is_floating_point():
         raise TypeError(f"q is {q.dtype}; it must be float16, bfloat16, float32 or float64")
     for name, cache in (("k", k), ("v", v), ("k_lo", k_lo)):
-        if cache is not None and cache.dtype != q.dtype and (name != "k_lo" or cache.dtype != ref.LOW_DTYPE):
+        if cache is not None and cache.dtype != q.dtype:
             raise TypeError(f"{name} is {cache.dtype}, but q is {q.dtype}; give them one dtype")
     if q.ndim != 4 or k.ndim != 4:
         raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must have four dimensions: [B, heads, tokens, D]")

@@ -17,7 +17,6 @@ from .selection import Indices, Rule, Visible, pick
 
 CHUNK = 2048  # rows gathered or converted at a time, about 1 MB: what a core's second cache holds
 BAGS = 8  # up to this many query heads a weighted sum over rows in place is quicker than gathering them
-LOW_DTYPE = torch.float8_e4m3fn  # that a plane of low keys may have besides the keys' own
 NARROW = 4  # up to this many query heads a product is quicker with the keys on the left
 
 
@@ -195,8 +194,6 @@ def _chosen(
 
 def _low_scores(q: Tensor, keys: Tensor, scale: float) -> Tensor:
     """Scaled products [G, S]. They only rank: of many bfloat16 keys they are rounded, conversions cost more."""
-    if keys.dtype == LOW_DTYPE:
-        keys = keys.to(q.dtype)
     if q.dtype == torch.bfloat16 and len(keys) > CHUNK and not q.is_cuda:
         return (q @ keys.T).float().mul_(scale)
     return _logits(q.to(accumulator(q.dtype)) * scale, keys, None)

@@ -11,7 +11,6 @@ import triton.language as tl
 from torch import Tensor
 
 from lean_kernels import _rt
-from lean_kernels.ref.loki import LOW_DTYPE
 
 from .loki_select import LOWEST, Scored, Visibility, choose, seen_of, set_of, span_of
 
@@ -30,22 +29,11 @@ def _row_of(token, b, h, table, table_b, page, c_b, c_h, c_s, valid, PAGED: tl.c
 
 
 @triton.jit
-def _from_bytes(byte):
-    """float8_e4m3fn as float32: also for GPUs that have no such type."""
-    bits = byte.to(tl.int32)
-    size = bits & 127
-    normal = ((size << 20) + (120 << 23)).to(tl.float32, bitcast=True)  # exponents begin at 2^-7 there, at 2^-127 here
-    number = tl.where(size < 8, size.to(tl.float32) * 0.001953125, normal)
-    number = tl.where(size == 127, float("nan"), number)
-    return tl.where(bits > 127, -number, number)
-
-
-@triton.jit
 def _score_kernel(
     q, k, table, lens, start, states, scores, tops, sums, kv_heads, queries, S, tiles, group, width, page, table_b,
     q_b, q_h, q_q, q_d, k_b, k_h, k_s, k_d, scale,
     MAX: tl.constexpr, MEAN: tl.constexpr, STARTS: tl.constexpr, MASKED: tl.constexpr, PAGED: tl.constexpr,
-    UPCAST: tl.constexpr, BYTES: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
+    UPCAST: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Scores of one tile of tokens for one group of query heads; NaN is -inf."""
     base, tile = tl.program_id(0), tl.program_id(1)
@@ -59,9 +47,7 @@ def _score_kernel(
         at = b.to(tl.int64) * q_b + i * q_q + (h * group + lane)[:, None].to(tl.int64) * q_h + dim[None, :] * q_d
         query = tl.load(q + at, mask=(lane < group)[:, None] & (dim < width)[None, :], other=0.0)
         rows = _row_of(token, b, h, table, table_b, page, k_b, k_h, k_s, seen, PAGED)
-        keys = tl.load(k + rows[None, :] + dim[:, None] * k_d, mask=(dim < width)[:, None] & seen[None, :], other=0)
-        if BYTES:
-            keys = _from_bytes(keys).to(query.dtype)
+        keys = tl.load(k + rows[None, :] + dim[:, None] * k_d, mask=(dim < width)[:, None] & seen[None, :], other=0.0)
         if UPCAST:
             query, keys = query.to(tl.float32), keys.to(tl.float32)
         z = tl.dot(query, keys, input_precision="ieee") * scale
@@ -298,15 +284,14 @@ def _score(
     tile = SCORE_TILE if dims * q.element_size() <= 512 else SCORE_TILE // 2  # what registers and shared memory hold
     tiles = triton.cdiv(room, tile)
     scores = torch.empty(bases * (1 if largest else group), room, dtype=torch.float32, device=q.device)
-    in_bytes = low.dtype == LOW_DTYPE
     tops = torch.empty(bases * group if mean else 0, tiles, dtype=torch.float32, device=q.device)
     sums = torch.empty_like(tops)
     _score_kernel[(bases, tiles)](
-        q, low.view(torch.uint8) if in_bytes else low, table, seen.lens, seen.start, seen.states, scores, tops, sums,
+        q, low, table, seen.lens, seen.start, seen.states, scores, tops, sums,
         kv_heads, queries, room, tiles, group, d, low.shape[2], 0 if table is None else table.stride(0),
         *q.stride(), *low.stride(), scale,
         MAX=largest, MEAN=mean, STARTS=seen.start is not None, MASKED=seen.states is not None, PAGED=table is not None,
-        UPCAST=_rt.INTERPRET, BYTES=in_bytes, GP=_rt.bucket(group), DP=dims, BN=tile,
+        UPCAST=_rt.INTERPRET, GP=_rt.bucket(group), DP=dims, BN=tile,
         num_warps=8 if dims * q.element_size() > 256 else 4,
     )  # fmt: skip
     return Scored(scores, tops, sums, tiles, mean, per, group)

@@ -141,8 +141,7 @@ class Runtime:
         turn = handler.turn if self.method.turned else None
         if hasattr(stock, "max_cache_len"):
             return StaticLokiLayer(stock.max_cache_len, turn)
-        low = handler.d if self.config.low == "fp8" and self.method.uses_low else 0
-        return LokiLayer(turn, self.method.evicts, low)
+        return LokiLayer(turn, self.method.evicts)
 
 
 @dataclass
@@ -207,7 +206,7 @@ class LayerHandler:
             query = turn.queries(query)
         return Step(
             query, keys, values, rows, self.k, self.d, call.scaling, call.softcap, self.runtime.config, first,
-            None if handed is None else handed.layer.state, projection, None if handed is None else handed.low,
+            None if handed is None else handed.layer.state, projection,
         )  # fmt: skip
 
     def projected(self, call: Call) -> Tensor:

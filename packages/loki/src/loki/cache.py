@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
 
-from lean_kernels import low_keys
 from lean_kernels.native import huge_pages
 from model_hooks.errors import RequestError
 
@@ -35,7 +34,6 @@ class Handed:
         keys, values: the buffers [B, Hkv, capacity, D] in which the row's tokens lie first.
         length: tokens in them; None where only the mask knows (static caches).
         fresh: nothing was cached before this call.
-        low: the layer's plane of low keys, if it has one.
         original: the tensor that carries this holds the keys of the call unturned, so that a prompt attends exactly.
     """
 
@@ -45,32 +43,29 @@ class Handed:
     length: int | None
     fresh: bool
     original: bool
-    low: Tensor | None = None
 
 
 class LokiLayer(DynamicLayer):
     """Turned keys and values in buffers that grow by half, where the stock layer copies itself for every token.
 
     `turn` is None for methods that read keys as they are. `state` holds what a method keeps besides (H2O's sums), each
-    tensor [B, .., tokens]; `evicts` says that it cannot be rolled back. So many leading dimensions of the keys as `low`
-    says are kept once more as 8 bit numbers, for methods that pick tokens by them.
+    tensor [B, .., tokens]; `evicts` says that it cannot be rolled back.
     """
 
-    def __init__(self, turn: Turn | None = None, evicts: bool = False, low: int = 0) -> None:
+    def __init__(self, turn: Turn | None = None, evicts: bool = False) -> None:
         super().__init__()
-        self.turn, self.low = turn, low
+        self.turn = turn
         self.is_croppable = not evicts
         self.length = 0
         self.state: dict[str, Tensor] = {}
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        low = low_keys(key_states[:, :, :0], self.low) if self.low else None
-        self._hold(_empty_like(key_states, 0), _empty_like(value_states, 0), low, 0)
+        self._hold(_empty_like(key_states, 0), _empty_like(value_states, 0), 0)
         self.is_initialized = True
 
-    def _hold(self, keys: Tensor, values: Tensor, low: Tensor | None, length: int) -> None:
-        self._keys, self._values, self._low, self.length = keys, values, low, length
+    def _hold(self, keys: Tensor, values: Tensor, length: int) -> None:
+        self._keys, self._values, self.length = keys, values, length
         self.keys, self.values = keys[:, :, :length], values[:, :, :length]
 
     def _reserve(self, length: int) -> None:
@@ -79,19 +74,14 @@ class LokiLayer(DynamicLayer):
             return
         wanted = max(length, int(GROWTH * capacity)) if capacity else length + SLACK
         wanted = -(-wanted // PAGE) * PAGE
-        self._renew(lambda used: used, wanted)
+        self._hold(self._grown(self.keys, wanted), self._grown(self.values, wanted), self.length)
 
-    def _renew(self, change: Callable[[Tensor], Tensor], capacity: int) -> None:
-        """Buffers of another capacity, that start with what is held, changed."""
-
-        def renewed(buffer: Tensor) -> Tensor:
-            used = change(buffer[:, :, : self.length])
-            fresh = _empty_like(used, capacity)
-            fresh[:, :, : self.length] = used
-            return fresh
-
-        low = None if self._low is None else renewed(self._low)
-        self._hold(renewed(self._keys), renewed(self._values), low, self.length)
+    @staticmethod
+    def _grown(used: Tensor, capacity: int) -> Tensor:
+        """A buffer that starts with `used`."""
+        buffer = _empty_like(used, capacity)
+        buffer[:, :, : used.shape[2]] = used
+        return buffer
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
@@ -99,13 +89,10 @@ class LokiLayer(DynamicLayer):
         start, end = self.length, self.length + key_states.shape[2]
         self._reserve(end)
         new = key_states.detach()
-        turned = new if self.turn is None else self.turn.keys(new)
-        self._keys[:, :, start:end] = turned
+        self._keys[:, :, start:end] = new if self.turn is None else self.turn.keys(new)
         self._values[:, :, start:end] = value_states.detach()
-        if self._low is not None:
-            self._low[:, :, start:end] = low_keys(turned, self.low)
-        self._cut(end)
-        handed = Handed(self, self._keys, self._values, end, start == 0, start == 0, self._low)
+        self._hold(self._keys, self._values, end)
+        handed = Handed(self, self._keys, self._values, end, start == 0, start == 0)
         # views of their own: an attribute on self.keys would tie the buffers into a cycle
         keys = key_states.view(key_states.shape) if start == 0 else self._keys[:, :, :end]
         keys._loki = handed  # type: ignore[attr-defined]
@@ -118,7 +105,8 @@ class LokiLayer(DynamicLayer):
         """Apply a change of the batch dimension to everything that is held."""
         if not self.is_initialized or not self.length:
             return
-        self._renew(change, self._keys.shape[2])
+        room = self._keys.shape[2]
+        self._hold(self._grown(change(self.keys), room), self._grown(change(self.values), room), self.length)
         self.state = {name: change(tensor) for name, tensor in self.state.items()}
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -137,14 +125,11 @@ class LokiLayer(DynamicLayer):
             return
         if not self.is_croppable:
             raise RequestError("this method evicts tokens for good, so its cache cannot be cropped; use method='loki'")
-        self._cut(max(0, length))
-
-    def _cut(self, length: int) -> None:
-        self._hold(self._keys, self._values, self._low, length)
+        self._hold(self._keys, self._values, max(0, length))
 
     def reset(self) -> None:
         if self.is_initialized:
-            self._cut(0)
+            self._hold(self._keys, self._values, 0)
         self.state = {}
 
     def offload(self) -> None:
@@ -157,8 +142,7 @@ class LokiLayer(DynamicLayer):
     def _move(self, device: Any) -> None:
         if self.is_initialized:
             keys, values = (t.to(device, non_blocking=True) for t in (self._keys, self._values))
-            low = None if self._low is None else self._low.to(device, non_blocking=True)
-            self._hold(keys, values, low, self.length)
+            self._hold(keys, values, self.length)
             self.state = {name: t.to(device, non_blocking=True) for name, t in self.state.items()}
 
 

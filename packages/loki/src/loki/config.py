@@ -50,9 +50,6 @@ class LokiConfig:
         sink, recent: first and last tokens that are always read. They count towards k.
         min_k: least number of tokens read, where a share of a short row would be less.
         block: tokens are picked in runs of 1, 16, 32 or 64, for paged caches.
-        low: what tokens are picked by: "exact", the leading dimensions where the keys lie, or "fp8", a second plane of
-            them as 8 bit numbers, a quarter of float32's bytes to read for d / 8D more cache (half and d / 4D for
-            bfloat16). Static and foreign caches have no such plane.
         mass: instead of a fixed k, the fewest tokens with this share of the approximate attention, at most k of them.
         skip_layers: layers that attend to all tokens.
         min_length: queries that see at most so many tokens read them all. None: where backend is "auto" and neither a
@@ -73,7 +70,6 @@ class LokiConfig:
     recent: int = 64
     min_k: int = 64
     block: Literal[1, 16, 32, 64] = 1
-    low: Literal["exact", "fp8"] = "exact"
     mass: float | None = None
     skip_layers: Sequence[int] = ()
     min_length: int | None = None

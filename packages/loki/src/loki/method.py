@@ -45,7 +45,6 @@ class Step:
     first: bool
     state: dict[str, Tensor] | None = None
     projection: Tensor | None = field(default=None, repr=False)  # [Hkv, D, D]: see `Basis.truncated`
-    low: Tensor | None = field(default=None, repr=False)  # [B, Hkv, >= S, d]: the first d of k as 8 bit numbers
 
     @property
     def tokens(self) -> int:
@@ -85,7 +84,6 @@ class Method:
     Attributes:
         needs_basis: `enable` must be given a `Basis`.
         turned: keys are cached, and shown to the method, in the directions of the basis.
-        uses_low: tokens are picked by the first d dimensions of the keys alone.
         evicts: tokens are given up for good, so that a cache cannot be cropped.
         masked: the masked form exists.
         reads_all: it is ordinary attention.
@@ -94,7 +92,6 @@ class Method:
 
     needs_basis = False
     turned = False
-    uses_low = False
     evicts = False
     masked = True
     reads_all = False

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lean_kernels import loki_decode, low_keys
+from lean_kernels import loki_decode
 
 from .method import Method, Step, keep_top_blocks, masked_attention, scores_of, spans
 
@@ -17,7 +17,6 @@ class Sparse(Method):
 
     needs_basis = True
     turned = True
-    uses_low = True
 
     def dimensions(self, step: Step) -> int:
         return step.d
@@ -29,8 +28,6 @@ class Sparse(Method):
         else:
             d = self.dimensions(step)
             q, k = step.q[..., :d], step.keys[..., :d]
-            if self.uses_low and step.config.low == "fp8":
-                k = low_keys(k, d).to(k.dtype)
         heads = step.kv_heads if step.config.select == "group" else step.q.shape[1]
         kept = torch.empty(len(q), heads, step.queries, step.tokens, dtype=torch.bool, device=q.device)
         for part in spans(step.queries, q.shape[0] * q.shape[1] * step.tokens):
@@ -61,7 +58,7 @@ class Sparse(Method):
         fixed: dict[str, Any] = {
             "d": self.dimensions(step), "scale": step.scale, "select": config.select, "reduce": config.group_reduce,
             "sink": config.sink, "recent": config.recent, "block": config.block, "softcap": step.softcap,
-            "start": rows.start, "backend": config.backend, "k_lo": step.low,
+            "start": rows.start, "backend": config.backend,
         }  # fmt: skip
         if all(isinstance(n, int) and n == counts[0] for n in counts):
             return _output(loki_decode(step.q, step.k, step.v, rows.lens, topk=counts[0], mask=rows.mask, **fixed))

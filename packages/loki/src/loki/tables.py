@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from loki.basis import Basis
 
 Cell = Mapping[str, Any]
-SETTINGS = ("method", "k", "d", "select", "group_reduce", "block", "mass", "low", "sink", "recent", "min_k", "prefill")
+SETTINGS = ("method", "k", "d", "select", "group_reduce", "block", "mass", "sink", "recent", "min_k", "prefill")
 PLAIN = {"sink": 0, "recent": 0, "min_k": 0, "min_length": 0}  # the paper's; up to 2048 tokens a CPU would stay dense
 
 

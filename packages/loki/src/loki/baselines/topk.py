@@ -9,7 +9,6 @@ from loki.sparse import Sparse
 class TopK(Sparse):
     needs_basis = False
     turned = False
-    uses_low = False
 
     def dimensions(self, step: Step) -> int:
         return step.q.shape[-1]
