@@ -5,6 +5,8 @@ The effective weight M ⊙ (W + s·B·A) is made for one block of rows at a time
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
@@ -34,9 +36,9 @@ def effective_weight(w: Tensor, a: Tensor, b: Tensor, mask: Tensor, scale: float
     """mask ⊙ (w + scale · b · a) in `product_dtype` of w, for any rows of w, b and mask."""
     wide = product_dtype(w)
     out = torch.empty(w.shape, dtype=wide, device=w.device)
-    for part in _parts(w, CACHED):
+    for part, keep in _kept(out, mask):
         torch.addmm(*_in(wide, w[part], b[part], a), alpha=scale, out=out[part])
-        apply_mask_(out[part], mask[part])
+        out[part].view(keep.dtype).mul_(keep)
     return out
 
 
@@ -45,11 +47,19 @@ def apply_mask_(x: Tensor, mask: Tensor) -> Tensor:
 
     As integers, x is multiplied by 0 or 1: up to ten times faster on a CPU than with a bool as factor.
     """
+    for part, keep in _kept(x, mask):
+        x[part].view(keep.dtype).mul_(keep)
+    return x
+
+
+def _kept(x: Tensor, mask: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of rows of x, and the mask there as integers of x's width; each overwrites the last one's: fresh memory
+    costs more than what is written to it."""
     bits = {8: torch.int64, 4: torch.int32, 2: torch.int16}[x.dtype.itemsize]
+    room = torch.empty_like(x[: _rows(x, CACHED)], dtype=bits)
     for part in _parts(x, CACHED):
         keep = mask[part] if mask.dtype == torch.bool else unpack_mask(mask[part], x.shape[1])
-        x[part].view(bits).mul_(keep.view(torch.int8).to(bits))
-    return x
+        yield part, room[: len(keep)].copy_(keep.view(torch.int8))
 
 
 def sparse_lora_matmul(
@@ -74,10 +84,12 @@ def sparse_lora_backward(
     grad, rows, a_wide, b_wide = _in(product_dtype(x), grad, x, a, b)
     x_grad, a_grad, b_grad = x.new_empty(0), a.new_empty(0), b.new_empty(b.shape if for_ab else 0)
     for part in _parts(w, CHUNK):
+        weight = None
         if for_x:
-            x_grad = _added(x_grad, grad[:, part] @ effective_weight(w[part], a, b[part], mask[part], scale))
-        if for_ab:
-            delta = apply_mask_(grad[:, part].T @ rows, mask[part])
+            weight = effective_weight(w[part], a, b[part], mask[part], scale)
+            x_grad = _added(x_grad, grad[:, part] @ weight)
+        if for_ab:  # where the weight was, if it was: fresh memory is slow
+            delta = apply_mask_(torch.mm(grad[:, part].T, rows, out=weight), mask[part])
             b_grad[part] = (a_wide @ delta.T).mul_(scale).T  # in this order the product is quick
             a_grad = _added(a_grad, (b_wide[part].T @ delta).mul_(scale))
     x_grad, a_grad = _in(x.dtype, x_grad, a_grad)
@@ -112,7 +124,11 @@ def _added(total: Tensor, term: Tensor) -> Tensor:
     return term if total.numel() == 0 else total.to(sum_dtype(term)).add_(term)
 
 
+def _rows(w: Tensor, values: int) -> int:
+    return max(MIN_ROWS, values // max(1, w.shape[1]))
+
+
 def _parts(w: Tensor, values: int) -> list[slice]:
     """Blocks of rows of a matrix, of about that many values."""
-    step = max(MIN_ROWS, values // max(1, w.shape[1]))
+    step = _rows(w, values)
     return [slice(start, start + step) for start in range(0, w.shape[0], step)]
