@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import random
 import resource
@@ -330,6 +331,7 @@ def test_memory_grows_by_tables_and_not_by_texts(monkeypatch: pytest.MonkeyPatch
 
     def peak(count: int) -> int:
         pairs = (Pair(f"r{i}", f"{i} " + "word " * 15 + "\n", f"{i} " + "other " * 15) for i in range(count))
+        gc.collect()  # what other tests left may log its end, with source lines
         tracemalloc.start()
         scores = run(pairs)
         found = tracemalloc.get_traced_memory()[1]
