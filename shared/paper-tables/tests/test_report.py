@@ -12,6 +12,7 @@ import demo
 import pytest
 from PIL import Image
 
+from paper_tables import plots
 from paper_tables.claims import HELD, NOT_HELD, NOT_MEASURED
 from paper_tables.files import write_report
 from paper_tables.report import collect, figure_text, tally
@@ -103,6 +104,35 @@ def test_pictures_are_pictures_of_sane_size(files, folder):
         assert 200 <= image.height <= 1000
         assert image.getextrema()[1] - image.getextrema()[0] > 100  # something is drawn
     assert len(set(pictures)) == len(pictures)
+
+
+def _axes(folder, plot, text):
+    """The axes of one plot of the demo paper's table `text` at scale tiny."""
+    report = report_of(folder, measured(folder, scales=("tiny",), text=text))
+    (found,) = (p for p in report.table.plots if p.id == plot)
+    return report, {"curve": plots._curve, "heatmap": plots._heatmap}[found.kind](report, found, "tiny").axes[0]
+
+
+def test_a_curve_runs_over_a_parameter_or_over_what_was_measured(tmp_path):
+    report, by_number = _axes(tmp_path / "a", "curve", demo.MAIN)
+    assert list(by_number.containers[0].lines[0].get_xdata()) == [2, 4, 6]
+    assert by_number.get_xlabel() == "n"
+    _, by_figure = _axes(tmp_path / "b", "curve", demo.MAIN.replace("x: n, y: bits", "x: kv, y: bits"))
+    cells = report.scales["tiny"].cells
+    wanted = [cells[f"attention-{n}", "kv"].value for n in (6, 4, 2)]  # from left to right
+    assert list(by_figure.containers[0].lines[0].get_xdata()) == wanted
+    assert list(by_figure.containers[0].lines[0].get_ydata()) == [
+        cells[f"attention-{n}", "bits"].value for n in (6, 4, 2)
+    ]
+    assert by_figure.get_xlabel() == "KV share, lower is better"
+
+
+@pytest.mark.parametrize(("count", "shown"), [(16, True), (3, False)])
+def test_rows_of_a_heat_map_have_names_where_there_are_as_many(tmp_path, count, shown):
+    names = [f"layer{i}" for i in range(count)]
+    text = demo.MAIN.replace("x: gap, y: layer}", f"x: gap, labels: {names}}}")
+    _, axes = _axes(tmp_path, "similarity", text)
+    assert ([label.get_text() for label in axes.get_yticklabels()] == names) == shown
 
 
 def test_the_json_holds_cells_with_errors_and_seeds_figures_and_verdicts(files):

@@ -68,6 +68,6 @@ def _plot_names(table: Table, plot: Plot, rows: Mapping[str, str]) -> Iterator[t
         yield "row", plot.row, rows
         return
     yield "y", plot.y, table.columns
-    yield "x", plot.x, params
+    yield "x", plot.x, {*params, *table.columns}
     yield "by", plot.by, params
     yield "baseline", plot.baseline, rows

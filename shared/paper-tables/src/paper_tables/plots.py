@@ -87,24 +87,29 @@ def _rows(report: TableReport, plot: Plot, scale: str) -> list[tuple[Row, Quanti
 
 def _curve(report: TableReport, plot: Plot, scale: str) -> Any:
     lines: dict[str, list[tuple[Any, Quantity]]] = {}
+    measured = report.table.columns.get(plot.x)
     for row, quantity in _rows(report, plot, scale):
-        if row.id != plot.baseline and plot.x in row.params and (not plot.by or plot.by in row.params):
-            lines.setdefault(str(row.params.get(plot.by, "")), []).append((row.params[plot.x], quantity))
+        x = report.scales[scale].cells.get((row.id, plot.x)) if measured else row.params.get(plot.x)
+        if row.id != plot.baseline and x is not None and (not plot.by or plot.by in row.params):
+            lines.setdefault(str(row.params.get(plot.by, "")), []).append((x, quantity))
     if not lines:
         return None
     figure, axes = _figure(plot, scale)
-    places = _places([x for points in lines.values() for x, _ in points], axes)
+    if not measured:
+        places = _places([x for points in lines.values() for x, _ in points], axes)
+        lines = {name: [(Quantity(places[x]), q) for x, q in points] for name, points in lines.items()}
     for (name, points), (colour, marker) in zip(lines.items(), _looks(len(lines)), strict=True):
-        points = sorted(points, key=lambda p: places[p[0]])
+        points = sorted(points, key=lambda p: p[0].value)
         axes.errorbar(
-            [places[x] for x, _ in points], [q.value for _, q in points], yerr=[q.se for _, q in points], label=name,
+            [x.value for x, _ in points], [q.value for _, q in points], yerr=[q.se for _, q in points],
+            xerr=[x.se for x, _ in points] if measured else None, label=name,
             color=colour, marker=marker, markersize=5, linewidth=1.6, capsize=3, elinewidth=1,
         )  # fmt: skip
     base = report.scales[scale].cells.get((plot.baseline, plot.y)) if plot.baseline else None
     if base is not None:
         title = report.rows.get(plot.baseline, plot.baseline)
         axes.axhline(base.value, color="#777777", linestyle=(0, (4, 3)), linewidth=1.2, label=title)
-    axes.set_xlabel(plot.x.replace("_", " "), fontsize=9.5, color=INK)
+    axes.set_xlabel(_axis_title(measured) if measured else plot.x.replace("_", " "), fontsize=9.5, color=INK)
     axes.set_ylabel(_axis_title(report.table.columns[plot.y]), fontsize=9.5, color=INK)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
@@ -166,4 +171,6 @@ def _heatmap(report: TableReport, plot: Plot, scale: str) -> Any:
         return None
     figure, axes = _figure(plot, scale, width=5.4, height=max(1.8, min(5.0, 0.9 + 4.0 * len(matrix) / width)))
     draw_matrix(figure, axes, numbers, plot.x, plot.y)
+    if len(plot.labels) == len(numbers):
+        axes.set_yticks(range(len(numbers)), plot.labels)
     return figure

@@ -98,6 +98,7 @@ class Plot:
     row: str = ""
     artefact: str = ""
     rows: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -328,7 +329,7 @@ def _claim(path: Path, item: Any, parent: Reader) -> Claim:
 
 
 NEEDED = {"curve": ("x", "y"), "bars": ("y",), "heatmap": ("row", "artefact")}
-OPTIONAL = {"curve": ("by", "baseline", "rows"), "bars": ("rows",), "heatmap": ("x", "y")}
+OPTIONAL = {"curve": ("by", "baseline", "rows"), "bars": ("rows",), "heatmap": ("x", "y", "labels")}
 
 
 def _plot(path: Path, item: Any, parent: Reader) -> Plot:
@@ -340,4 +341,5 @@ def _plot(path: Path, item: Any, parent: Reader) -> Plot:
     reader.only((*needed, "title", *OPTIONAL[kind]), needed)
     names = ("x", "y", "by", "baseline", "row", "artefact")
     texts = {name: reader.text(name) for name in names}
-    return Plot(reader.text("id"), kind, reader.text("title", reader.text("id")), rows=reader.words("rows"), **texts)
+    rows, labels = reader.words("rows"), reader.words("labels")
+    return Plot(reader.text("id"), kind, reader.text("title", reader.text("id")), rows=rows, labels=labels, **texts)
