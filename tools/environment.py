@@ -132,6 +132,13 @@ def install_locked() -> None:
     (folder / STAMP).write_text(wanted)
 
 
+def with_extras(folder: Path) -> str:
+    """A package's folder with all its extras but those that hold transformers back."""
+    project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
+    extras = [name for name in project.get("optional-dependencies", {}) if name not in ("prune", "vllm")]
+    return f"{folder}[{','.join(extras)}]"
+
+
 def install_latest() -> None:
     """.venv-latest: the shared packages and the test tools with the newest versions that the bounds allow."""
     python_supported()
@@ -139,7 +146,7 @@ def install_latest() -> None:
     uv, environment = find_uv(), site_environment()
     pip = create(uv, folder, environment)
     folders = [member for member in members() if member.parent != ROOT / "packages"]
-    shared: list[str | Path] = [part for member in folders for part in ("--editable", member)]
+    shared: list[str | Path] = [part for member in folders for part in ("--editable", with_extras(member))]
     tests: list[str | Path] = ["--group", f"{ROOT / 'pyproject.toml'}:dev"]
     # --no-config: without the constraints of [tool.uv], which hold the lock back
     run([*pip, "install", "--no-config", "--upgrade", "--python", folder, *shared, *tests], env=environment, cwd=ROOT)

@@ -64,7 +64,7 @@ def _adjacent_kernel(
     keep = t < T
     if MASKED:
         keep = tl.load(mask + t) != 0
-    inside = (column < H) & keep
+    inside = column < tl.where(keep, H, 0)
     row = x + t * x_t + column * x_h
     last = tl.load(row, mask=inside, other=0).to(tl.float32)
     last_square = tl.sum(last * last, 0)
@@ -97,7 +97,7 @@ def _gram_kernel(
     while token < T:
         keep = layer < layers
         if MASKED:
-            keep &= tl.load(mask + token) != 0
+            keep = layer < tl.where(tl.load(mask + token) != 0, layers, 0)
         rows = x + token * x_t + layer.to(tl.int64)[:, None] * x_l
         products = tl.zeros((LAYERS, LAYERS), tl.float32)
         for start in range(0, H, COLUMNS):

@@ -146,7 +146,7 @@ def _small_kernel(
     taken = (key > threshold) | ((equal > 0) & (tl.cumsum(equal, 0) <= left))
     place = tl.cumsum(taken.to(tl.int32), 0) - 1
     unit = tl.arange(0, BS // BLOCK)
-    tl.store(chosen + s.to(tl.int64) * width + place, unit, mask=taken & (wanted > 0))
+    tl.store(chosen + s.to(tl.int64) * width + place, unit, mask=taken & (place < wanted))
 
 
 @triton.jit
@@ -237,7 +237,7 @@ def _write_kernel(
     equal = (key == threshold).to(tl.int32)
     taken = (key > threshold) | ((equal > 0) & (ties + tl.cumsum(equal, 0) <= left))
     place = greater + tl.minimum(ties, left) + tl.cumsum(taken.to(tl.int32), 0) - 1
-    tl.store(chosen + s.to(tl.int64) * width + place, unit, mask=taken & (tl.load(count + s) > 0))
+    tl.store(chosen + s.to(tl.int64) * width + place, unit, mask=taken & (place < tl.load(count + s)))
 
 
 @dataclass(frozen=True)

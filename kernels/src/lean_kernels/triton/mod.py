@@ -15,6 +15,8 @@ from torch import Tensor
 from lean_kernels import _rt
 
 BLOCK = 2048  # values: 16 bytes per thread and load with 4 to 8 warps
+# A condition of a program goes into the bound of its mask: the interpreter of Triton 3.9 reads no mask that is made of
+# a scalar and a block.
 
 
 @triton.jit
@@ -27,7 +29,7 @@ def _gather_kernel(
     if COUNTED:
         keep = j < tl.load(counts + b)
     at = tl.load(idx + b * k + j, mask=keep, other=0).to(tl.int64)
-    row = tl.load(x + b * x_b + at * x_s + column * x_h, mask=keep & (column < H), other=0)
+    row = tl.load(x + b * x_b + at * x_s + column * x_h, mask=column < tl.where(keep, H, 0), other=0)
     tl.store(out + (b * k + j) * H + column, row, mask=column < H)
 
 
@@ -43,13 +45,14 @@ def _gather_norm_kernel(
     row = x + b * x_b + tl.load(idx + b * k + j, mask=keep, other=0).to(tl.int64) * x_s
     h = tl.arange(0, COLUMNS).to(tl.int64)
     squares = tl.zeros((COLUMNS,), tl.float32)
+    end = tl.where(keep, H, 0)
     for start in range(0, H, COLUMNS):
-        value = tl.load(row + (start + h) * x_h, mask=keep & (start + h < H), other=0).to(tl.float32)
+        value = tl.load(row + (start + h) * x_h, mask=start + h < end, other=0).to(tl.float32)
         squares += value * value
     scale = 1.0 / tl.sqrt(tl.sum(squares, 0) / H + eps)
     for start in range(0, H, COLUMNS):
         column = start + h
-        value = tl.load(row + column * x_h, mask=keep & (column < H), other=0).to(tl.float32)
+        value = tl.load(row + column * x_h, mask=column < end, other=0).to(tl.float32)
         value = value * scale * tl.load(weight + column, mask=column < H, other=0).to(tl.float32)
         tl.store(out + (b * k + j) * H + column, value.to(out.dtype.element_ty), mask=column < H)
 
@@ -65,7 +68,7 @@ def _add_kernel(
     keep = j < k
     if COUNTED:
         keep = j < tl.load(counts + b)
-    inside = keep & (column < H)
+    inside = column < tl.where(keep, H, 0)
     added = tl.load(y + b * y_b + j * y_k + column * y_h, mask=inside, other=0).to(tl.float32)
     if GATED:
         added *= tl.load(gate + b * k + j, mask=keep, other=0).to(tl.float32)
@@ -84,7 +87,7 @@ def _place_kernel(
     column = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < H
     j = tl.load(place + b * (S + 1) + s).to(tl.int64)
-    keep = inside & (j >= 0)
+    keep = column < tl.where(j >= 0, H, 0)
     value = tl.load(y + b * y_b + j * y_k + column * y_h, mask=keep, other=0).to(tl.float32)
     if GATED:
         value *= tl.load(gate + b * k + j, mask=j >= 0, other=0).to(tl.float32)
@@ -109,7 +112,7 @@ def _add_backward_kernel(
     products = tl.zeros((COLUMNS,), tl.float32)
     for start in range(0, H, COLUMNS):
         column = start + h
-        inside = keep & (column < H)
+        inside = column < tl.where(keep, H, 0)
         down = tl.load(row + column * g_h, mask=inside, other=0).to(tl.float32)
         products += down * tl.load(y + b * y_b + j * y_k + column * y_h, mask=inside, other=0).to(tl.float32)
         value = tl.where(inside, down * scale, 0.0)
