@@ -12,19 +12,14 @@ from paper_tables import probe
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_closed_layers_save_time_and_open_ones_cost_little() -> None:
-    """At least 0.97x with all gates open on an idle machine (`mod-router bench`); here others may be busy, so one of
-    three runs must reach less."""
-    least = {
-        ("1", "decode"): 0.85, ("1", "prefill"): 0.85, ("0", "decode"): 1.1, ("0", "prefill"): 1.1,
-        ("0", "decode_of_static"): 0.85,
-    }  # fmt: skip
-    for _ in range(3):
-        rows = bench.bench_speed(probe.probe_model(12, 256), "last:10", context=256, new_tokens=8, rounds=9)
-        found = {row["capacity"]: row for row in rows}
-        slow = {at: found[at[0]][at[1]] for at, wanted in least.items() if found[at[0]][at[1]] <= wanted}
-        if not slow:
-            break
-    assert not slow
+    """At least 0.97x with all gates open on an idle machine (`mod-router bench`); here others may be busy."""
+    rows = bench.bench_speed(probe.probe_model(12, 256), "last:10", context=256, new_tokens=16, rounds=15)
+    found = {row["capacity"]: row for row in rows}
+    assert found["1"]["decode"] > 0.85
+    assert found["1"]["prefill"] > 0.85
+    assert found["0"]["decode"] > 1.1
+    assert found["0"]["prefill"] > 1.1
+    assert found["0"]["decode_of_static"] > 0.85
     assert [found[name]["kv_bytes"] for name in ("1", "0.5", "0")] == pytest.approx([1, 7 / 12, 2 / 12])
 
 
