@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import json
 import re
 import sys
 import tomllib
@@ -84,6 +85,21 @@ def imported(file: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
             names.add(node.module.split(".")[0])
     return names
+
+
+def test_no_table_asks_a_zoo_model_for_what_it_is_near_chance_at():
+    """Tables of a model that guesses would say nothing: each task that one is asked for is in its card, and high."""
+    from model_hooks.zoo import resolve
+    from model_hooks.zoo.export import COMPETENT
+    from paper_tables import installed
+
+    tables = [table for paper in installed()[0].values() for table in paper.tables().values()]
+    cells = [unit.cell for table in tables for scale in ("quick", "tiny") for unit in table.units(scale)]
+    asked = {(cell["model"], task) for cell in cells for task in cell.get("tasks", ()) if task.startswith("zoo_")}
+    assert asked
+    for model, task in asked:
+        stated = json.loads((resolve(model) / "measurements.json").read_text())[task]
+        assert stated >= COMPETENT, f"{model} answers {stated} of {task}"
 
 
 def test_every_import_is_declared(package, packages):

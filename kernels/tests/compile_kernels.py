@@ -126,7 +126,7 @@ def launch_loki(dtype: torch.dtype) -> None:
         rows = torch.full((2,), tokens, dtype=torch.int32)
         table = torch.zeros(2, tokens // 32, dtype=torch.int32)
         pages = torch.zeros(5, 2, 32, width, dtype=dtype)
-        rule: dict[str, Any] = {"d": 32, "scale": 0.1, "return_lse": True, "k_lo": None}
+        rule: dict[str, Any] = {"d": 32, "scale": 0.1, "return_lse": True}
         bare: dict[str, Any] = {
             "sink": 0,
             "recent": 0,
@@ -176,7 +176,7 @@ def launch_largest(dtype: torch.dtype) -> None:
         lens = torch.full((2,), 20000, dtype=torch.int32)
         loki.loki_decode(
             q, cache, cache, lens, d=width, topk=9999, scale=0.1, select="group", reduce="softmax_mean", sink=2,
-            recent=9, block=1, block_table=None, start=lens, k_lo=None, softcap=30.0, return_lse=True, mask=None,
+            recent=9, block=1, block_table=None, start=lens, softcap=30.0, return_lse=True, mask=None,
         )  # fmt: skip
 
 

@@ -36,15 +36,15 @@ def test_without_triton_the_torch_path_works_and_triton_is_named() -> None:
 def test_an_unknown_backend_and_float64_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.zeros(1)
     with pytest.raises(ValueError, match="auto, torch, triton"):
-        _rt.choose("cuda", x)
+        lean_kernels.choose_backend("cuda", x)
     with pytest.raises(TypeError, match="float64"):
-        _rt.choose("triton", x.double())
+        lean_kernels.choose_backend("triton", x.double())
     monkeypatch.setattr(_rt, "INTERPRET", False)
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
-            _rt.choose("triton", x)
+            lean_kernels.choose_backend("triton", x)
     monkeypatch.setenv("LEAN_KERNELS_BACKEND", "torch")
-    assert _rt.choose("auto", x) == "torch"
+    assert lean_kernels.choose_backend("auto", x) == "torch"
 
 
 @pytest.mark.parametrize(("n", "expected"), [(0, 16), (1, 16), (17, 32), (1024, 1024), (1025, 2048)])

@@ -6,9 +6,11 @@ An operation is imported when it is first asked for: importing this package impo
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from .ops.cosine import CosineAccumulator as CosineAccumulator
     from .ops.cosine import Cosines as Cosines
     from .ops.cosine import cosine_adjacent as cosine_adjacent
@@ -64,7 +66,14 @@ OPERATIONS = {
     "unpack_mask": "sparse_lora",
 }
 
-__all__ = sorted(OPERATIONS)
+__all__ = sorted([*OPERATIONS, "choose_backend"])
+
+
+def choose_backend(backend: str, *tensors: Tensor) -> Literal["torch", "triton"]:
+    """What runs an operation on these tensors. Raises ValueError, TypeError or RuntimeError where `backend` cannot."""
+    from ._rt import choose
+
+    return choose(backend, *tensors)
 
 
 def __getattr__(name: str) -> Any:

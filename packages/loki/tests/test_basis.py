@@ -7,11 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from loki import Basis, LokiConfig, Variance, calibrate
-from loki.basis import Provenance, principal_components, query_aware
+from loki.basis import Provenance, principal_components
 from loki.calibration import KeyStatistics
 from loki.config import dimensions, tokens_read
 from loki.turn import Turn
 from lokimodels import build, tokens
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from model_hooks import FingerprintMismatch, RequestError
@@ -19,11 +20,11 @@ from model_hooks import FingerprintMismatch, RequestError
 D = 16
 
 
-def statistics(keys: torch.Tensor, queries: torch.Tensor | None = None, layer: int = 0) -> KeyStatistics:
+def statistics(keys: torch.Tensor, layer: int = 0) -> KeyStatistics:
     """Of keys [B, Hkv, T, D] of one layer."""
-    found = KeyStatistics([layer], keys.shape[1], keys.shape[3], queries is not None)
+    found = KeyStatistics([layer], keys.shape[1], keys.shape[3])
     mask = torch.ones(keys.shape[0], keys.shape[2], dtype=torch.bool)
-    found.see(layer, keys, keys if queries is None else queries, mask)
+    found.see(layer, keys, mask)
     return found
 
 
@@ -92,34 +93,12 @@ def test_long_keys_are_turned_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.allclose(turn.keys(k), whole, atol=1e-6)
 
 
-def truncation_error(keys: torch.Tensor, queries: torch.Tensor, basis: Basis, d: int) -> float:
-    kept = (queries @ basis.truncated(0, d)[0].double()) @ keys.T
-    return float(((queries @ keys.T - kept) ** 2).mean())
-
-
-def test_query_aware_basis_is_exact_and_keeps_more_of_the_scores() -> None:
-    generator = torch.Generator().manual_seed(3)
-    keys = torch.randn(3000, D, generator=generator, dtype=torch.float64) * torch.linspace(1, 0.5, D)
-    queries = torch.randn(3000, D, generator=generator, dtype=torch.float64) * torch.logspace(-2, 1, D)
-    both = statistics(keys[None, None], queries[None, None]).fit()
-    plain = statistics(keys[None, None]).fit()
-    product = both.components.double() @ both.query_components.double().transpose(-1, -2)
-    assert (product - torch.eye(D)).abs().max() < 1e-3
+def test_a_projection_leaves_out_the_rest_of_the_spectrum() -> None:
+    keys = torch.randn(1, 1, 3000, D, generator=torch.Generator().manual_seed(3)) * torch.linspace(1, 0.5, D)
+    basis = statistics(keys).fit()
     for d in (2, 4, 8):
-        error = truncation_error(keys, queries, both, d)
-        assert error < 0.5 * truncation_error(keys, queries, plain, d)
-        # the optimum: what is left of the spectrum of the scores
-        assert error == pytest.approx(float(both.eigenvalues[0, 0, d:].double().sum()), rel=0.15)
-
-
-def test_query_aware_basis_stays_finite_where_queries_do_not_look() -> None:
-    queries = torch.zeros(1, D, D, dtype=torch.float64)
-    queries[0, 0, 0] = 4.0
-    keys, turned, power = query_aware(torch.eye(D, dtype=torch.float64)[None], queries)
-    assert keys.isfinite().all()
-    assert turned.isfinite().all()
-    assert (power >= 0).all()
-    assert (keys.float() @ turned.float().transpose(-1, -2) - torch.eye(D)).abs().max() < 1e-3
+        left = keys - keys @ basis.truncated(0, d)
+        assert float(left.var(2).sum()) == pytest.approx(float(basis.eigenvalues[0, 0, d:].sum()), rel=1e-4)
 
 
 def test_rank_counts_the_direction_that_crosses() -> None:
@@ -135,17 +114,15 @@ def test_rank_counts_the_direction_that_crosses() -> None:
 
 
 def test_a_saved_basis_comes_back(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    for aware in (False, True):
-        basis = calibrate(build(), tokens(8, 32), query_aware=aware, name="tiny", text="random", rotary="pre")
-        basis.save(tmp_path / "b.safetensors")
-        again = Basis.load(tmp_path / "b.safetensors")
-        assert again.about == basis.about
-        assert again.layers == basis.layers
-        assert again.about.kind == ("query" if aware else "pca")
-        assert again.about.tokens == 256
-        for name in ("components", "eigenvalues", "mean"):
-            assert torch.equal(getattr(again, name), getattr(basis, name))
-        again.check(build())
+    basis = calibrate(build(), tokens(8, 32), name="tiny", text="random", rotary="pre")
+    basis.save(tmp_path / "b.safetensors")
+    again = Basis.load(tmp_path / "b.safetensors")
+    assert again.about == basis.about
+    assert again.layers == basis.layers
+    assert again.about.tokens == 256
+    for name in ("components", "eigenvalues", "mean"):
+        assert torch.equal(getattr(again, name), getattr(basis, name))
+    again.check(build())
 
 
 @pytest.fixture
@@ -155,12 +132,14 @@ def file(tmp_path):  # type: ignore[no-untyped-def]
     return path
 
 
-def rewrite(file, name: str, change) -> None:  # type: ignore[no-untyped-def]
-    from safetensors import safe_open
-
-    tensors = load_file(file)
+def parts(file) -> tuple[dict[str, torch.Tensor], dict[str, str]]:  # type: ignore[no-untyped-def]
+    """Tensors and metadata."""
     with safe_open(file, framework="pt") as opened:
-        metadata = opened.metadata()
+        return load_file(file), opened.metadata()
+
+
+def rewrite(file, name: str, change) -> None:  # type: ignore[no-untyped-def]
+    tensors, metadata = parts(file)
     if name in tensors:
         tensors[name] = change(tensors[name]).contiguous()
     else:
@@ -186,6 +165,16 @@ def rewrite(file, name: str, change) -> None:  # type: ignore[no-untyped-def]
 def test_a_file_that_was_changed_is_refused(file, name, change, message) -> None:  # type: ignore[no-untyped-def]
     rewrite(file, name, change)
     with pytest.raises(RequestError, match=message):
+        Basis.load(file)
+
+
+def test_files_from_when_there_were_two_kinds(file) -> None:  # type: ignore[no-untyped-def]
+    """Principal components come back; a basis that turned queries by other directions is refused by name."""
+    tensors, metadata = parts(file)
+    save_file(tensors, file, {**metadata, "kind": "pca"})
+    assert torch.equal(Basis.load(file).components, tensors["components"])
+    save_file({**tensors, "query_components": tensors["components"] * 2}, file, {**metadata, "kind": "query"})
+    with pytest.raises(RequestError, match="holds query_components, which a basis does not have; calibrate again"):
         Basis.load(file)
 
 

@@ -151,24 +151,11 @@ def test_a_stopped_calibration_goes_on(tmp_path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_layers_that_never_ran_are_left_out() -> None:
-    found = KeyStatistics([0, 1, 2], 1, 4, queries=True)
-    found.see(1, torch.randn(1, 1, 9, 4), torch.randn(1, 2, 9, 4), torch.ones(1, 9, dtype=torch.bool))
+    found = KeyStatistics([0, 1, 2], 1, 4)
+    found.see(1, torch.randn(1, 1, 9, 4), torch.ones(1, 9, dtype=torch.bool))
     kept = found.only(found.sums["count"] > 0)
     assert kept.layers == (1,)
-    assert torch.equal(kept.sums["queries"][0], found.sums["queries"][1])
-
-
-def test_query_moments_count_every_head_of_a_group() -> None:
-    found = KeyStatistics([0], 2, 4, queries=True)
-    queries = torch.randn(3, 6, 5, 4)
-    mask = torch.rand(3, 5) > 0.3
-    found.see(0, torch.randn(3, 2, 5, 4), queries, mask)
-    naive = torch.zeros(2, 4, 4, dtype=torch.float64)
-    for b, t in mask.nonzero().tolist():
-        for head in range(6):
-            vector = queries[b, head, t].double()
-            naive[head // 3] += torch.outer(vector, vector)
-    assert torch.allclose(found.sums["queries"][0], naive)
+    assert torch.equal(kept.sums["outer"][0], found.sums["outer"][1])
 
 
 def test_state_of_a_large_model_stays_within_64_mb() -> None:

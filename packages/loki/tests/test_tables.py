@@ -58,7 +58,7 @@ def test_everything_read_is_full_attention_and_less_is_not(context: Context) -> 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"k": 0.125}, {"d": 0.125}, {"basis": "random"}, {"basis": "query"}, {"calibration": "english"}, {"seed": 1},
+        {"k": 0.125}, {"d": 0.125}, {"basis": "random"}, {"calibration": "english"}, {"seed": 1},
         {"select": "head", "group_reduce": "max", "block": 16}, {"mass": 0.5}, {"sink": 4, "recent": 8},
         {"method": "h2o"}, {"method": "pca"}, {"method": "quest"}, {"method": "topk"},
     ],
@@ -126,6 +126,8 @@ def test_unknown_words_are_refused(context: Context) -> None:
         measured(context, "perplexty")
     with pytest.raises(TableError, match="did you mean 'pairs'"):
         measured(context, "recall", form="pair", context=96, questions=1)
+    with pytest.raises(TableError, match="unknown basis 'query'"):
+        value(context, basis="query")
     with pytest.raises(TableError, match="too few for seed 9"):
         value(context, seed=9, tokens=1 << 20)
 

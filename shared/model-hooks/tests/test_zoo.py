@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from model_hooks import zoo
-from model_hooks.zoo import corpus, evaluate, tasks
+from model_hooks.zoo import corpus, evaluate, export, tasks
 from model_hooks.zoo.muon import orthogonalise
 from model_hooks.zoo.recipes import IMAGE_RECIPES, RECIPES
 from model_hooks.zoo.stream import WINDOW, Stream
@@ -172,6 +172,16 @@ def test_the_card_states_what_is_measured() -> None:
     assert all(f"| {task} accuracy | {measured[task]:.3f} | 0.25 (chance) |" in card for task in OF_LLAMA)
     found = evaluate.bits_per_byte(load("zoo:llama"), bpe(), zoo.text("heldout"))
     assert found == pytest.approx(measured["heldout_bits_per_byte"], rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "recall"])
+def test_the_card_names_what_the_model_is_near_chance_at(name: str) -> None:
+    folder = zoo.resolve(f"zoo:{name}")
+    measured = json.loads((folder / "measurements.json").read_text())
+    near = [task for task in tasks.TASKS if measured.get(task, 1.0) < export.COMPETENT]
+    line = export.weak(measured)
+    assert line in (folder / "README.md").read_text()
+    assert [task for task in tasks.TASKS if task in line] == near
 
 
 @pytest.mark.slow

@@ -39,26 +39,26 @@ SHARES = (0.25, 0.125)  # of the tokens that are read
 
 
 def bench_loki(bench: Bench) -> None:
-    """Rows for each shape and share of tokens, with the low keys in place and in a plane of their own."""
-    for shape, share, plane in itertools.product(PRESETS[bench.shapes], SHARES, (False, True)):
+    """Rows for each shape and share of tokens."""
+    for shape, share in itertools.product(PRESETS[bench.shapes], SHARES):
         topk = int(shape.tokens * share)
         caches = [_cache(bench, shape) for _ in range(_buffers(bench, shape))]
-        dense = [dense_forms(q, k, v, lens) for q, k, v, _, lens in caches]
+        dense = [dense_forms(q, k, v, lens) for q, k, v, lens in caches]
         item = bench.dtype.itemsize
         # low keys, scores out and in, chosen rows of both planes and their numbers
         per_head = shape.tokens * (LOW * item + 8) + topk * (2 * WIDTH * item + 4)
         bench.row(
             "loki_decode",
             {"B": shape.batch, "Hq": shape.heads, "Hkv": shape.kv_heads, "S": shape.tokens, "D": WIDTH, "d": LOW,
-             "topk": topk, "low_plane": int(plane)},
-            _turns([_sparse(bench, cache, topk, plane) for cache in caches]),
+             "topk": topk},
+            _turns([_sparse(bench, cache, topk) for cache in caches]),
             bytes=shape.batch * shape.kv_heads * per_head,
             flops=2 * shape.batch * shape.heads * (shape.tokens * LOW + 2 * topk * WIDTH),
             baselines={name: _turns([forms[name] for forms in dense]) for name in dense[0]},
         )  # fmt: skip
 
 
-Cache = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Cache = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def _buffers(bench: Bench, shape: Shape) -> int:
@@ -67,14 +67,14 @@ def _buffers(bench: Bench, shape: Shape) -> int:
 
 
 def _cache(bench: Bench, shape: Shape) -> Cache:
-    """q, k, v, the low plane of k, and the lengths."""
+    """q, k, v and the lengths."""
 
     def random(heads: int, tokens: int) -> Tensor:
         return torch.randn(shape.batch, heads, tokens, WIDTH, device=bench.device).to(bench.dtype)
 
     q, k, v = random(shape.heads, 1), random(shape.kv_heads, shape.tokens), random(shape.kv_heads, shape.tokens)
     lens = torch.full((shape.batch,), shape.tokens, dtype=torch.int32, device=bench.device)
-    return q, k, v, k[..., :LOW].contiguous(), lens
+    return q, k, v, lens
 
 
 def _turns(runs: list[Run]) -> Run:
@@ -83,11 +83,9 @@ def _turns(runs: list[Run]) -> Run:
     return lambda: next(turn)()
 
 
-def _sparse(bench: Bench, cache: Cache, topk: int, plane: bool) -> Run:
-    q, k, v, low, lens = cache
-    return lambda: loki_decode(
-        q, k, v, lens, d=LOW, topk=topk, scale=WIDTH**-0.5, k_lo=low if plane else None, backend=bench.backend
-    )
+def _sparse(bench: Bench, cache: Cache, topk: int) -> Run:
+    q, k, v, lens = cache
+    return lambda: loki_decode(q, k, v, lens, d=LOW, topk=topk, scale=WIDTH**-0.5, backend=bench.backend)
 
 
 def dense_forms(q: Tensor, k: Tensor, v: Tensor, lens: Tensor) -> dict[str, Run]:

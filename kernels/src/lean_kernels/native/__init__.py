@@ -50,18 +50,18 @@ class _Shape(ctypes.Structure):
     ]
 
 
-def takes(q: Tensor, k: Tensor, v: Tensor, k_lo: Tensor | None) -> bool:
+def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether `loki_decode` here can do it: rows of float32 or bfloat16 on a CPU, in one piece each."""
     fits = (
         q.device.type == "cpu" and q.dtype in DTYPES and q.shape[-1] % 8 == 0 and q.shape[1] <= MAX_GROUP * k.shape[1]
     )
-    return fits and all(plane is None or plane.stride(-1) == 1 for plane in (k, v, k_lo)) and library() is not None
+    return fits and k.stride(-1) == v.stride(-1) == 1 and library() is not None
 
 
 def loki_decode(
     q: Tensor, k: Tensor, v: Tensor, lens: Tensor, *, d: int, topk: int | Tensor, scale: float, select: str = "group",
     reduce: str = "softmax_mean", sink: int = 0, recent: int = 0, start: Tensor | None = None,
-    k_lo: Tensor | None = None, softcap: float | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output and log-sum-exp as `lean_kernels.loki_decode` gives them, for what `takes` says yes to."""
     built = library()
@@ -75,7 +75,7 @@ def loki_decode(
         reduce == "max", threads, scale, softcap or 0.0,
     )  # fmt: skip
     floats = q.to(torch.float32).contiguous()
-    planes = [ctypes.byref(_Plane.of(plane)) for plane in (k, v, k if k_lo is None else k_lo)]
+    planes = [ctypes.byref(_Plane.of(plane)) for plane in (k, v)]
     counts = topk.tolist() if isinstance(topk, Tensor) and topk.ndim else [int(topk)] * rows
     starts = [0] * rows if start is None else start.tolist()
     numbers = [(c_int64 * rows)(*given) for given in (starts, lens.tolist(), counts)]

@@ -330,8 +330,8 @@ static void attend(const Shape *shape, Desk *at, const float *q, int64_t heads, 
         for (int64_t c = 0; c < width; c++) out[g * step * width + c] = at->out[g * width + c] / (float)totals[g];
 }
 
-static void query(const Shape *shape, Desk *at, const float *q, Plane k, Plane v, Plane low, int64_t lo, int64_t hi,
-                  int64_t topk, int64_t b, int64_t h, int64_t i, float *out, float *lse) {
+static void query(const Shape *shape, Desk *at, const float *q, Plane k, Plane v, int64_t lo, int64_t hi, int64_t topk,
+                  int64_t b, int64_t h, int64_t i, float *out, float *lse) {
     int64_t group = shape->heads / shape->kv_heads, width = shape->width, n = hi - lo;
     if (n <= 0) return;
     const char *keys = k.data + b * k.b + h * k.h, *values = v.data + b * v.b + h * v.h;
@@ -345,7 +345,7 @@ static void query(const Shape *shape, Desk *at, const float *q, Plane k, Plane v
         attend(shape, at, at->q, group, keys, k.s, values, v.s, NULL, lo, n, out, lse, shape->queries);
         return;
     }
-    Rows leading = {low.data + b * low.b + h * low.h, low.s, lo, n, shape->low, NULL, shape->bfloat16, at->wide};
+    Rows leading = {keys, k.s, lo, n, shape->low, NULL, shape->bfloat16, at->wide};
     products(at->q, width, group, &leading, at->logits, at->room);
     if (!shape->by_head) {
         reduce(at->logits, at->room, group, n, shape->by_max, at->unknown);
@@ -363,8 +363,8 @@ static void query(const Shape *shape, Desk *at, const float *q, Plane k, Plane v
 }
 
 // q, out [B, Hq, Q, D] and lse [B, Hq, Q], contiguous; starts, lens, topk [B]. 0, or 1 where memory ran out
-int loki_decode(const Shape *shape, const float *q, const Plane *k, const Plane *v, const Plane *low,
-                const int64_t *starts, const int64_t *lens, const int64_t *topk, float *out, float *lse) {
+int loki_decode(const Shape *shape, const float *q, const Plane *k, const Plane *v, const int64_t *starts,
+                const int64_t *lens, const int64_t *topk, float *out, float *lse) {
     int64_t longest = 0, failed = 0, tasks = shape->batch * shape->kv_heads;
     for (int64_t b = 0; b < shape->batch; b++) longest = lens[b] > longest ? lens[b] : longest;
 #pragma omp parallel num_threads(shape->threads) reduction(| : failed)
@@ -375,8 +375,7 @@ int loki_decode(const Shape *shape, const float *q, const Plane *k, const Plane 
         for (int64_t task = 0; task < tasks; task++) {
             int64_t b = task / shape->kv_heads, h = task % shape->kv_heads;
             for (int64_t i = 0; !failed && i < shape->queries; i++)
-                query(shape, &at, q, *k, *v, *low, starts[b], lens[b] - shape->queries + 1 + i, topk[b], b, h, i, out,
-                      lse);
+                query(shape, &at, q, *k, *v, starts[b], lens[b] - shape->queries + 1 + i, topk[b], b, h, i, out, lse);
         }
         clear(&at);
     }

@@ -33,7 +33,6 @@ def loki_decode(
     block: int = 1,
     block_table: Tensor | None = None,
     start: Tensor | None = None,
-    k_lo: Tensor | None = None,
     softcap: float | None = None,
     return_lse: bool = False,
     mask: Tensor | None = None,
@@ -57,7 +56,6 @@ def loki_decode(
             tokens.
         block_table: [B, n] integers: the pages of each row.
         start: [B] integers, the padding on the left of each row.
-        k_lo: the leading d dimensions of k again, in any strides: quicker to read where they lie together.
         softcap: logits become softcap·tanh(logits / softcap); it does not enter the selection.
         return_lse: also give the natural log-sum-exp of the logits, float32 [B, Hq, Q] (float64 for float64).
         mask: bool [B, 1, Q, S], True where a token may be seen, besides what lens and start say.
@@ -75,13 +73,13 @@ def loki_decode(
         RuntimeError: for tensors on different devices.
     """
     rows = topk if isinstance(topk, Tensor) and topk.ndim else None
-    _check_cache(q, k, v, k_lo, block_table, d)
+    _check_cache(q, k, v, block_table, d)
     _check_rows(q, k, lens=lens, start=start, topk=rows, mask=mask)
     _check_rule(1 if rows is not None else int(topk), scale, select, reduce, sink, recent, block, softcap)
-    _rt.same_device(q=q, k=k, v=v, lens=lens, topk=rows, block_table=block_table, start=start, k_lo=k_lo, mask=mask)
+    _rt.same_device(q=q, k=k, v=v, lens=lens, topk=rows, block_table=block_table, start=start, mask=mask)
     most = 0 if rows is not None else int(topk)
     out, lse = _loki_decode(
-        q, k, v, lens, rows, block_table, start, k_lo, mask,
+        q, k, v, lens, rows, block_table, start, mask,
         d, most, float(scale), select, reduce, sink, recent, block, softcap, backend,
     )  # fmt: skip
     return (out, lse) if return_lse else out
@@ -92,7 +90,7 @@ def dense_decode(
     softcap: float | None = None, mask: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of few queries to all visible tokens on a CPU, the arguments as `loki_decode`'s, unchecked."""
-    if _in_c("auto", mask is None and native.takes(q, k, v, None)):
+    if _in_c("auto", mask is None and native.takes(q, k, v)):
         return native.loki_decode(q, k, v, lens, d=1, topk=k.shape[2], scale=scale, start=start, softcap=softcap)[0]
     out = ref.dense_decode(q, k, v, lens, scale=scale, start=start, softcap=softcap, mask=mask)
     assert isinstance(out, Tensor)  # no log-sum-exp was asked for
@@ -108,7 +106,6 @@ def _loki_decode(
     topk_rows: Tensor | None,
     block_table: Tensor | None,
     start: Tensor | None,
-    k_lo: Tensor | None,
     mask: Tensor | None,
     d: int,
     topk: int,
@@ -124,15 +121,15 @@ def _loki_decode(
     """`topk_rows` instead of `topk` if given."""
     _check_values(k, lens, topk_rows, block_table, start)
     plain = block_table is None and mask is None and block == 1
-    if _in_c(backend, plain and native.takes(q, k, v, k_lo)):
+    if _in_c(backend, plain and native.takes(q, k, v)):
         return native.loki_decode(
             q, k, v, lens, d=d, topk=topk if topk_rows is None else topk_rows, scale=scale, select=select,
-            reduce=reduce, sink=sink, recent=recent, start=start, k_lo=k_lo, softcap=softcap,
+            reduce=reduce, sink=sink, recent=recent, start=start, softcap=softcap,
         )  # fmt: skip
     decode = ref.loki_decode if _rt.choose(backend, q) == "torch" else _rt.kernels("loki").loki_decode
     out, lse = decode(
         q, k, v, lens, d=d, topk=topk if topk_rows is None else topk_rows, scale=scale, select=select, reduce=reduce,
-        sink=sink, recent=recent, block=block, block_table=block_table, start=start, k_lo=k_lo, softcap=softcap,
+        sink=sink, recent=recent, block=block, block_table=block_table, start=start, softcap=softcap,
         return_lse=True, mask=mask,
     )  # fmt: skip
     return out, lse
@@ -160,11 +157,11 @@ def _capacity(k: Tensor, block_table: Tensor | None) -> int:
     return k.shape[2] if block_table is None else block_table.shape[1] * k.shape[2]
 
 
-def _check_cache(q: Tensor, k: Tensor, v: Tensor, k_lo: Tensor | None, block_table: Tensor | None, d: int) -> None:
+def _check_cache(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor | None, d: int) -> None:
     if not q.is_floating_point():
         raise TypeError(f"q is {q.dtype}; it must be float16, bfloat16, float32 or float64")
-    for name, cache in (("k", k), ("v", v), ("k_lo", k_lo)):
-        if cache is not None and cache.dtype != q.dtype:
+    for name, cache in (("k", k), ("v", v)):
+        if cache.dtype != q.dtype:
             raise TypeError(f"{name} is {cache.dtype}, but q is {q.dtype}; give them one dtype")
     if q.ndim != 4 or k.ndim != 4:
         raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must have four dimensions: [B, heads, tokens, D]")
@@ -181,8 +178,6 @@ def _check_cache(q: Tensor, k: Tensor, v: Tensor, k_lo: Tensor | None, block_tab
         raise ValueError(f"block_table is {tuple(block_table.shape)}; it must be [{rows}, pages a row]")
     if not 1 <= d <= width:
         raise ValueError(f"d is {d}; it must be 1 to the head width D = {width}")
-    if k_lo is not None and tuple(k_lo.shape) != (*k.shape[:3], d):
-        raise ValueError(f"k_lo is {tuple(k_lo.shape)}; with d = {d} it must be {(*k.shape[:3], d)}")
 
 
 def _check_rows(

@@ -60,7 +60,6 @@ def loki_decode(
     block: int = 1,
     block_table: Tensor | None = None,
     start: Tensor | None = None,
-    k_lo: Tensor | None = None,
     softcap: float | None = None,
     return_lse: bool = False,
     mask: Tensor | None = None,
@@ -68,10 +67,9 @@ def loki_decode(
     """As `lean_kernels.loki_decode`, whose arguments it takes unchecked; float64 too."""
     rule = Rule(d, select, reduce, sink, recent, block)
     keys, values = Plane(k, block_table), Plane(v, block_table)
-    low = keys if k_lo is None else Plane(k_lo, block_table)
     out, lse = _results(q)
     for b, h, i, visible in _queries(q, k.shape[1], lens, start, mask):
-        for heads, tokens in _chosen(q, low, b, h, i, _per_row(topk, b), scale, rule, visible):
+        for heads, tokens in _chosen(q, keys, b, h, i, _per_row(topk, b), scale, rule, visible):
             out[b, heads, i], lse[b, heads, i] = _attend(q[b, heads, i], keys, values, b, h, tokens, scale, softcap)
     return (out, lse) if return_lse else out
 
@@ -91,7 +89,6 @@ def selected(
     block: int = 1,
     block_table: Tensor | None = None,
     start: Tensor | None = None,
-    k_lo: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
     """The tokens that `loki_decode` reads with these arguments, int64, ascending, filled up with -1.
@@ -99,10 +96,10 @@ def selected(
     Shape [B, Hkv, Q, n] for `select="group"` and [B, Hq, Q, n] for "head", where n is the largest number chosen.
     """
     rule = Rule(d, select, reduce, sink, recent, block)
-    low = Plane(k if k_lo is None else k_lo, block_table)
+    keys = Plane(k, block_table)
     found: dict[tuple[int, int, int], Indices] = {}
     for b, h, i, visible in _queries(q, k.shape[1], lens, start, mask):
-        for heads, tokens in _chosen(q, low, b, h, i, _per_row(topk, b), scale, rule, visible):
+        for heads, tokens in _chosen(q, keys, b, h, i, _per_row(topk, b), scale, rule, visible):
             listed = np.arange(tokens.start, tokens.stop) if isinstance(tokens, slice) else tokens
             for head in [h] if select == "group" else range(heads.start, heads.stop):
                 found[b, head, i] = listed
@@ -179,13 +176,13 @@ def _visible(b: int, i: int, lo: int, hi: int, mask: Tensor | None) -> Visible:
 
 
 def _chosen(
-    q: Tensor, low: Plane, b: int, h: int, i: int, topk: int, scale: float, rule: Rule, visible: Visible
+    q: Tensor, keys: Plane, b: int, h: int, i: int, topk: int, scale: float, rule: Rule, visible: Visible
 ) -> list[tuple[slice, Indices | slice]]:
     """Query heads and the tokens they read: one entry for the group of KV head h, or one for each query head."""
-    heads = _heads(q, low.cache, h)
+    heads = _heads(q, keys.cache, h)
     if max(topk, rule.sink + rule.recent) >= len(visible):
         return [(heads, visible.all())]
-    scores = _low_scores(q[b, heads, i, : rule.d], low.span(b, h, visible.lo, visible.hi, rule.d), scale)
+    scores = _low_scores(q[b, heads, i, : rule.d], keys.span(b, h, visible.lo, visible.hi, rule.d), scale)
     sets = pick(scores, topk, rule, visible)
     if rule.select == "group":
         return [(heads, sets[0])]

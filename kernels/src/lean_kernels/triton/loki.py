@@ -195,7 +195,6 @@ def loki_decode(
     block: int,
     block_table: Tensor | None,
     start: Tensor | None,
-    k_lo: Tensor | None,
     softcap: float | None,
     return_lse: bool,
     mask: Tensor | None,
@@ -215,7 +214,7 @@ def loki_decode(
         if block_table is not None:
             block_table = block_table.contiguous()
         seen = _visibility(lens, start, mask, room, topk, sink, recent, block, queries)
-        scored = _score(q, k if k_lo is None else k_lo, block_table, seen, room, d, scale, reduce, per)
+        scored = _score(q, k, block_table, seen, room, d, scale, reduce, per)
         width = most if block == 1 else _most_blocks(most, sink, recent, block, room, mask is not None)
         chosen, count = choose(
             scored, seen, sets=sets, kv_heads=kv_heads, queries=queries, topk=most, topk_rows=topk_rows,
@@ -266,7 +265,7 @@ def _visibility(
 
 def _score(
     q: Tensor,
-    low: Tensor,
+    k: Tensor,
     table: Tensor | None,
     seen: Visibility,
     room: int,
@@ -276,7 +275,7 @@ def _score(
     per: int,
 ) -> Scored:
     rows, heads, queries, _ = q.shape
-    kv_heads = low.shape[1]
+    kv_heads = k.shape[1]
     group, bases = heads // kv_heads, rows * kv_heads * queries
     mean = per == 1 and reduce == "softmax_mean" and group > 1
     largest = per == 1 and not mean
@@ -287,9 +286,9 @@ def _score(
     tops = torch.empty(bases * group if mean else 0, tiles, dtype=torch.float32, device=q.device)
     sums = torch.empty_like(tops)
     _score_kernel[(bases, tiles)](
-        q, low, table, seen.lens, seen.start, seen.states, scores, tops, sums,
-        kv_heads, queries, room, tiles, group, d, low.shape[2], 0 if table is None else table.stride(0),
-        *q.stride(), *low.stride(), scale,
+        q, k, table, seen.lens, seen.start, seen.states, scores, tops, sums,
+        kv_heads, queries, room, tiles, group, d, k.shape[2], 0 if table is None else table.stride(0),
+        *q.stride(), *k.stride(), scale,
         MAX=largest, MEAN=mean, STARTS=seen.start is not None, MASKED=seen.states is not None, PAGED=table is not None,
         UPCAST=_rt.INTERPRET, GP=_rt.bucket(group), DP=dims, BN=tile,
         num_warps=8 if dims * q.element_size() > 256 else 4,

@@ -17,15 +17,13 @@ SHARES = (0.8, 0.9, 0.95)
 def overlap(a: Basis, b: Basis, d: int) -> Tensor:
     """Agreement of the leading `d` directions of two bases, [L, Hkv] in [0, 1]: mean squared cosine of their angles.
 
-    1 where both span the same space; d / D is what two random spaces have. Of orthogonal bases only.
+    1 where both span the same space; d / D is what two random spaces have.
     """
     if a.components.shape != b.components.shape or a.layers != b.layers:
         raise RequestError(
             f"bases of shape {tuple(a.components.shape)} and {tuple(b.components.shape)} cannot be compared; "
             "calibrate both on the same model"
         )
-    if a.query_components is not None or b.query_components is not None:
-        raise RequestError("the directions of a query-aware basis are not orthogonal; compare bases of kind pca")
     cosines = a.components[..., :d].transpose(-1, -2).double() @ b.components[..., :d].double()
     return cosines.square().sum((-1, -2)) / d
 

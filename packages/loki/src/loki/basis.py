@@ -1,8 +1,7 @@
 """The directions in which keys vary most, per layer and KV head: fitted, ranked, saved and checked.
 
-The paper's basis is the principal components of the keys (section 4.1): orthogonal, so that rotated keys can be cached
-in place of the keys and give the same scores. The query-aware basis (ours) weighs directions by what queries make of
-them; it is not orthogonal, but as exact, because queries are turned by the inverse of what keys are turned by.
+They are the principal components of the keys (section 4.1): orthogonal, so that rotated keys can be cached in place of
+the keys and give the same scores.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from torch import Tensor
 from model_hooks.errors import FingerprintMismatch, RequestError
 
 FORMAT = "1"
+TENSORS = ("components", "eigenvalues", "mean")  # of a file
 TOLERANCE = 1e-3  # how far P Pᵀ of a file may be from the identity
 
 
@@ -32,7 +32,6 @@ class Provenance:
         rotary: "post" or "pre": the keys were taken after or before the rotary embedding.
         text: name of the calibration text.
         tokens: number of tokens that were seen.
-        kind: "pca", or "query" for the query-aware basis.
         version: of this package.
     """
 
@@ -41,7 +40,6 @@ class Provenance:
     rotary: str = "post"
     text: str = ""
     tokens: int = 0
-    kind: str = "pca"
     version: str = "0.1.0"
 
 
@@ -51,11 +49,9 @@ class Basis:
 
     Attributes:
         components: [L, Hkv, D, D]; column i is direction i. A cached key is `k @ components`.
-        eigenvalues: [L, Hkv, D], not increasing: the variance along each direction (of the scores, if query-aware).
+        eigenvalues: [L, Hkv, D], not increasing: the variance along each direction.
         mean: [L, Hkv, D] of the keys. Used in the fit alone: at run time it would add a constant to all scores.
         layers: which of the model's layers the rows are about.
-        query_components: [L, Hkv, D, D], the inverse transposed of `components`; None if these are orthogonal, and
-            thus their own.
     """
 
     components: Tensor
@@ -63,7 +59,6 @@ class Basis:
     mean: Tensor
     layers: tuple[int, ...]
     about: Provenance = field(default_factory=Provenance)
-    query_components: Tensor | None = None
 
     @property
     def head_dim(self) -> int:
@@ -102,9 +97,7 @@ class Basis:
 
         from model_hooks.files import atomic_write
 
-        tensors = {name: getattr(self, name).float().contiguous() for name in ("components", "eigenvalues", "mean")}
-        if self.query_components is not None:
-            tensors["query_components"] = self.query_components.float().contiguous()
+        tensors = {name: getattr(self, name).float().contiguous() for name in TENSORS}
         about = {f.name: str(getattr(self.about, f.name)) for f in fields(Provenance)}
         about |= {"format": FORMAT, "layers": json.dumps(self.layers)}
         atomic_write(path, save(tensors, metadata=about))
@@ -114,7 +107,7 @@ class Basis:
         """Read a file that `save` wrote.
 
         Raises FileNotFoundError where there is none, and `RequestError` for a file that is damaged, is not a basis, or
-        whose directions are not the inverse of each other.
+        whose directions are not orthogonal.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -127,8 +120,10 @@ class Basis:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise RequestError(f"{path} is not a safetensors file ({error}); calibrate again") from None
-        if about.get("format") != FORMAT or not {"components", "eigenvalues", "mean"} <= tensors.keys():
+        if about.get("format") != FORMAT or not {*TENSORS} <= tensors.keys():
             raise RequestError(f"{path} is not a basis of format {FORMAT}; calibrate again")
+        if others := sorted(tensors.keys() - {*TENSORS}):
+            raise RequestError(f"{path} holds {', '.join(others)}, which a basis does not have; calibrate again")
         known = {f.name: about[f.name] for f in fields(Provenance) if f.name in about}
         try:
             provenance = Provenance(**{**known, "tokens": int(known.get("tokens", 0))})
@@ -139,22 +134,19 @@ class Basis:
         return basis
 
     def validate(self, name: str = "the basis") -> None:
-        """Raise `RequestError` unless shapes agree, numbers are finite and ordered, and keys can be turned back."""
+        """Raise `RequestError` unless shapes agree, numbers are finite and ordered, and directions orthogonal."""
         shape = tuple(self.components.shape)
         if len(shape) != 4 or shape[2] != shape[3] or shape[0] != len(self.layers):
             raise RequestError(f"{name}: components have shape {shape}; [{len(self.layers)}, heads, D, D] is needed")
         for what, tensor in (("eigenvalues", self.eigenvalues), ("mean", self.mean)):
             if tuple(tensor.shape) != shape[:3]:
                 raise RequestError(f"{name}: {what} have shape {tuple(tensor.shape)}; {shape[:3]} is needed")
-        inverse = self.components if self.query_components is None else self.query_components
-        if tuple(inverse.shape) != shape:
-            raise RequestError(f"{name}: query_components have shape {tuple(inverse.shape)}; {shape} is needed")
-        if not all(bool(t.isfinite().all()) for t in (self.components, inverse, self.eigenvalues, self.mean)):
+        if not all(bool(t.isfinite().all()) for t in (self.components, self.eigenvalues, self.mean)):
             raise RequestError(f"{name} holds numbers that are not finite; calibrate again")
         if bool((self.eigenvalues < 0).any()) or bool((self.eigenvalues.diff(dim=-1) > 0).any()):
             raise RequestError(f"{name}: eigenvalues must not be negative nor increase; calibrate again")
-        product = self.components.double() @ inverse.double().transpose(-1, -2)
-        error = float((product - torch.eye(shape[-1], dtype=torch.float64)).abs().max())
+        turns = self.components.double()
+        error = float((turns @ turns.transpose(-1, -2) - torch.eye(shape[-1], dtype=torch.float64)).abs().max())
         if error > TOLERANCE:
             raise RequestError(f"{name}: its directions are not orthogonal (error {error:.1e}); calibrate again")
 
@@ -175,9 +167,9 @@ class Basis:
             )
 
     def truncated(self, row: int, d: int) -> Tensor:
-        """The map of queries that keeps what the first `d` directions see, [Hkv, D, D]: (q @ it)·k = q̂·k̂ there."""
-        turn = self.components if self.query_components is None else self.query_components
-        return turn[row, :, :, :d] @ self.components[row, :, :, :d].transpose(-1, -2)
+        """The projection onto the first `d` directions, [Hkv, D, D]: (q @ it)·k = q̂·k̂ there."""
+        leading = self.components[row, :, :, :d]
+        return leading @ leading.transpose(-1, -2)
 
     def named(self, **about: Any) -> Basis:
         """This basis with other provenance."""
@@ -205,29 +197,3 @@ def principal_components(covariance: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvectors (columns) and eigenvalues of [.., D, D], float64, by decreasing eigenvalue."""
     values, vectors = torch.linalg.eigh(covariance.double())
     return vectors.flip(-1), values.flip(-1).clamp_min(0)
-
-
-def query_aware(keys: Tensor, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The directions whose first d keep most of q·k: they minimise E(q·k - q·Πk)² over all Π of rank d.
-
-    With Σq = E qqᵀ and the SVD Σq^½ Σk^½ = U Λ Vᵀ the optimum is Π = Σq^-½ U_d U_dᵀ Σq^½: keys are turned by Σq^½ U,
-    queries by Σq^-½ U.
-
-    Args:
-        keys: covariance of the keys, [.., D, D].
-        queries: second moments of the queries that read them, [.., D, D].
-
-    Returns:
-        What keys are multiplied with, what queries are, and the variance of the scores along each direction (Λ²).
-    """
-    queries = queries.double()
-    width = queries.shape[-1]
-    level = queries.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp_min(torch.finfo(torch.float32).tiny)
-    # a direction that no query looks at must stay invertible in float32: condition at most 1e3 after the root
-    values, vectors = torch.linalg.eigh(queries + 1e-6 * level * torch.eye(width, dtype=torch.float64))
-    root = values.clamp_min(1e-6 * level.squeeze(-1)).sqrt()
-    half = vectors * root.unsqueeze(-2) @ vectors.transpose(-1, -2)
-    inverse = vectors / root.unsqueeze(-2) @ vectors.transpose(-1, -2)
-    turn, power = principal_components(half @ keys.double() @ half)  # eigenvectors are U, eigenvalues Λ²
-    level = level.sqrt()  # keys keep their size, so that half precision caches them as well as the originals
-    return half @ turn / level, inverse @ turn * level, power

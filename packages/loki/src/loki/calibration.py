@@ -15,7 +15,7 @@ from model_hooks.trace import eval_mode
 from model_hooks.watch import Journal, Progress, check_data, own_share, reduce_sums
 
 from .attention import Call
-from .basis import Basis, Provenance, principal_components, query_aware, shape_of, structure
+from .basis import Basis, Provenance, principal_components, shape_of, structure
 from .sessions import attach, attention_modules, check_model, decoder_of, detach, disable
 
 Batch = tuple[Tensor, Tensor]  # token ids and mask, [B, T] each
@@ -26,25 +26,22 @@ class KeyStatistics:
 
     Attributes:
         layers: what the rows are about.
-        sums: float64, on the CPU: `count` [L], `sum` [L, Hkv, D], `outer` [L, Hkv, D, D] of keys, and with `queries`
-            also `queries` [L, Hkv, D, D], the outer products of the queries of a head's group.
+        sums: float64, on the CPU: `count` [L], `sum` [L, Hkv, D], `outer` [L, Hkv, D, D] of keys.
     """
 
-    def __init__(self, layers: Iterable[int], heads: int, width: int, queries: bool = False) -> None:
+    def __init__(self, layers: Iterable[int], heads: int, width: int) -> None:
         self.layers = tuple(layers)
         shape = (len(self.layers), heads, width)
-        square = (*shape, width)
-        sizes = {"count": shape[:1], "sum": shape, "outer": square} | ({"queries": square} if queries else {})
+        sizes = {"count": shape[:1], "sum": shape, "outer": (*shape, width)}
         self.sums = {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
 
-    def see(self, layer: int, keys: Tensor, queries: Tensor, mask: Tensor) -> None:
-        """Add keys [B, Hkv, T, D] and queries [B, Hq, T, D] where `mask` [B, T] is true.
+    def see(self, layer: int, keys: Tensor, mask: Tensor) -> None:
+        """Add keys [B, Hkv, T, D] where `mask` [B, T] is true.
 
         Raises `RequestError`, naming layer and head, for numbers that are not finite.
         """
         row = self.layers.index(layer)
         mask = mask.to(keys.device)
-        group = queries.shape[1] // keys.shape[1]
         for head in range(keys.shape[1]):  # one at a time: the float64 copy of all would be the largest tensor here
             rows = keys[:, head][mask].double()
             total = rows.sum(0)
@@ -52,25 +49,22 @@ class KeyStatistics:
                 raise RequestError(f"layer {layer}, KV head {head}: keys are not finite; run the model in float32")
             self.sums["sum"][row, head] += total.cpu()
             self.sums["outer"][row, head] += (rows.T @ rows).cpu()
-            if "queries" in self.sums:
-                asked = queries[:, head * group : (head + 1) * group].transpose(1, 2)[mask].flatten(0, 1).double()
-                self.sums["queries"][row, head] += (asked.T @ asked).cpu()
         self.sums["count"][row] += int(mask.sum())
 
     def only(self, rows: Tensor) -> KeyStatistics:
         """Those of the layers that are true in `rows` [L]."""
         _, heads, width = self.sums["sum"].shape
-        kept = KeyStatistics([], heads, width, "queries" in self.sums)
+        kept = KeyStatistics([], heads, width)
         kept.layers = tuple(layer for layer, keep in zip(self.layers, rows.tolist(), strict=True) if keep)
         kept.sums = {name: total[rows] for name, total in self.sums.items()}
         return kept
 
     def __add__(self, other: KeyStatistics) -> KeyStatistics:
         """The statistics of both texts together."""
-        if self.layers != other.layers or self.sums.keys() != other.sums.keys():
-            raise RequestError("statistics of other layers, or with and without queries, cannot be added")
+        if self.layers != other.layers:
+            raise RequestError("statistics of other layers cannot be added")
         _, heads, width = self.sums["sum"].shape
-        both = KeyStatistics(self.layers, heads, width, "queries" in self.sums)
+        both = KeyStatistics(self.layers, heads, width)
         both.sums = {name: total + other.sums[name] for name, total in self.sums.items()}
         return both
 
@@ -83,7 +77,7 @@ class KeyStatistics:
         return mean, covariance
 
     def fit(self, **about: Any) -> Basis:
-        """The basis; `about` goes into its provenance. Query-aware where the queries were summed.
+        """The basis; `about` goes into its provenance.
 
         Raises `RequestError` for fewer tokens than a key has dimensions; warns below ten times as many.
         """
@@ -95,19 +89,13 @@ class KeyStatistics:
                 f"{tokens} tokens are few for keys of {width} dimensions; {10 * width} are enough", stacklevel=3
             )
         mean, covariance = self.covariance()
-        turned = None
-        if "queries" in self.sums:
-            asked = self.sums["queries"] / self.sums["count"][:, None, None, None]
-            components, turned, values = query_aware(covariance, asked)
-        else:
-            components, values = principal_components(covariance)
+        components, values = principal_components(covariance)
         basis = Basis(
             components.float().contiguous(),
             values.float(),
             mean.float(),
             self.layers,
-            Provenance(tokens=tokens, kind="pca" if turned is None else "query", **about),
-            None if turned is None else turned.float().contiguous(),
+            Provenance(tokens=tokens, **about),
         )
         basis.validate("the basis fitted")
         return basis
@@ -119,7 +107,6 @@ def calibrate(
     *,
     attention_mask: Tensor | None = None,
     rotary: str = "post",
-    query_aware: bool = False,
     batch_size: int = 4,
     name: str = "",
     text: str = "",
@@ -135,7 +122,6 @@ def calibrate(
             padding, `attention_mask`.
         attention_mask: [samples, T] for data in one tensor, 0 on padding.
         rotary: take keys "post" or "pre" rotary embedding. Either basis is used on keys after it.
-        query_aware: fit the query-aware basis instead of the principal components.
         name, text: of model and text, for the provenance.
         journal, progress: as in `model_hooks.watch.watch`; data in one tensor alone can be gone on with.
 
@@ -146,8 +132,8 @@ def calibrate(
     if rotary not in ("post", "pre"):
         raise RequestError(f"rotary={rotary!r}: keys are taken 'post' or 'pre' rotary embedding")
     statistics = collect(
-        model, data, attention_mask=attention_mask, rotary=rotary, queries=query_aware, batch_size=batch_size,
-        journal=journal, progress=progress,
+        model, data, attention_mask=attention_mask, rotary=rotary, batch_size=batch_size, journal=journal,
+        progress=progress,
     )  # fmt: skip
     name = name or str(getattr(model.config, "_name_or_path", ""))
     return statistics.fit(model=name, structure=structure(model), rotary=rotary, text=text)
@@ -160,7 +146,6 @@ def collect(
     *,
     attention_mask: Tensor | None = None,
     rotary: str = "post",
-    queries: bool = False,
     batch_size: int = 4,
     journal: Path | None = None,
     progress: Progress | None = None,
@@ -169,7 +154,7 @@ def collect(
     decoder = check_model(model)
     modules = attention_modules(model, decoder, sliding=True)
     _, heads, width = shape_of(model)
-    statistics = KeyStatistics(sorted(modules), heads, width, queries)
+    statistics = KeyStatistics(sorted(modules), heads, width)
     collectors = {index: (modules[index], Collector(index, statistics)) for index in modules}
     state: Journal | None = None
     start, total = 0, None
@@ -230,7 +215,7 @@ class Collector:
                 f"{self.statistics.sums['sum'].shape[-1]}; Loki needs one width for all layers"
             )
         if self.collects or self.unrotated:
-            self.statistics.see(self.layer, call.key, call.query, self.mask)
+            self.statistics.see(self.layer, call.key, self.mask)
         return torch.zeros_like(call.query) if self.unrotated else None
 
 

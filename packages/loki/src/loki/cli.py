@@ -43,9 +43,6 @@ def calibrate(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to read.")] = 131072,
     length: Annotated[int, typer.Option(min=2, help="Of a sequence; at most the model's context.")] = 4096,
     rotary: Annotated[str, typer.Option(help="Take keys post or pre rotary embedding.")] = "post",
-    query_aware: Annotated[
-        bool, typer.Option("--query-aware", help="Weigh directions by what queries make of them (ours).")
-    ] = False,
     batch_size: BatchSize = 4,
     dtype: Dtype = "auto",
     device_map: DeviceMap = "",
@@ -60,7 +57,7 @@ def calibrate(
 
     refuse_existing(output, overwrite)
     found = workflow.calibrate_source(
-        model, text, tokens=tokens, length=length, rotary=rotary, query_aware=query_aware, batch_size=batch_size,
+        model, text, tokens=tokens, length=length, rotary=rotary, batch_size=batch_size,
         load=lambda: load_placed(model, dtype, device_map), journal=output.with_name(f".{output.name}.journal"),
     )  # fmt: skip
     found.save(output)

@@ -240,6 +240,6 @@ def _counted(d: Amount | Variance, basis: Basis, index: int) -> Amount:
 
 def _check_backend(backend: str, model: Any) -> None:
     if backend == "triton":
-        from lean_kernels._rt import choose
+        from lean_kernels import choose_backend
 
-        choose("triton", next(model.parameters()))
+        choose_backend("triton", next(model.parameters()))

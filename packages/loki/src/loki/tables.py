@@ -5,7 +5,7 @@ A row names a method and its budget; the scale's `figures` name what is measured
     model, dtype                       the model; by `pre-training` nothing is changed
     calibration, tokens, window        text of the basis, how much of it, and the length of its sequences
     rotary                             take keys of the basis "post" (default) or "pre" rotary embedding
-    basis                              "pca" (default), "query" (query-aware), or "random" directions (a control)
+    basis                              "pca" (default), or "random" directions (a control)
     method, k, d, select, block, mass, sink, recent, min_k      as in `LokiConfig`; of the last three the paper's 0
     budgets                            instead of k for all layers: solved per layer for this mean (loki.layer_budgets)
     text, documents, characters, length    held-out text and its windows, for perplexity
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 Cell = Mapping[str, Any]
 SETTINGS = ("method", "k", "d", "select", "group_reduce", "block", "mass", "sink", "recent", "min_k", "prefill")
+BASES = ("pca", "random")
 PLAIN = {"sink": 0, "recent": 0, "min_k": 0, "min_length": 0}  # the paper's; up to 2048 tokens a CPU would stay dense
 
 
@@ -103,6 +104,8 @@ def basis_of(cell: Cell, context: Context) -> Basis:
 
     model, _ = _model(cell, context)
     kind, rotary = cell.get("basis", "pca"), cell.get("rotary", "post")
+    if kind not in BASES:
+        raise TableError(f"unknown basis {kind!r}{nearest(kind, BASES)}")
     source = cell.get("calibration", "code")
     key = (
         "basis",
@@ -121,9 +124,7 @@ def basis_of(cell: Cell, context: Context) -> Basis:
             return _random(model, cell["seed"])
         ids = _sequences(cell, context, source, -(-cell["tokens"] // cell["window"]), cell["window"])
         with context.progress("calibration") as bar:
-            return calibrate(
-                model, ids, rotary=rotary, query_aware=kind == "query", name=cell["model"], text=source, progress=bar
-            )
+            return calibrate(model, ids, rotary=rotary, name=cell["model"], text=source, progress=bar)
 
     return context.once(key, make)
 

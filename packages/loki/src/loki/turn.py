@@ -17,36 +17,32 @@ class Turn:
     """The basis of one layer. Products are in float32 and rounded once to the dtype of what was given.
 
     Attributes:
-        for_keys: [Hkv, D, D], float32; a key becomes `k @ for_keys`.
-        for_queries: its inverse transposed; the same tensor where the basis is orthogonal.
+        matrix: [Hkv, D, D], float32, orthogonal; a key becomes `k @ matrix`, a query that reads it `q @ matrix`.
     """
 
-    for_keys: Tensor
-    for_queries: Tensor
-    _moved: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    matrix: Tensor
+    _moved: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, basis: Basis, layer: int) -> Turn:
-        row = basis.row(layer)
-        queries = basis.components if basis.query_components is None else basis.query_components
-        return cls(basis.components[row].float(), queries[row].float())
+        return cls(basis.components[basis.row(layer)].float())
 
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Both matrices on `device`, moved there once."""
+    def on(self, device: torch.device) -> Tensor:
+        """The matrix on `device`, moved there once."""
         if device not in self._moved:
-            self._moved[device] = (self.for_keys.to(device), self.for_queries.to(device))
+            self._moved[device] = self.matrix.to(device)
         return self._moved[device]
 
     def queries(self, q: Tensor) -> Tensor:
         """[B, Hq, Q, D] turned; query head i goes with KV head i // G."""
         b, heads, queries, width = q.shape
-        kv_heads = len(self.for_keys)
+        kv_heads = len(self.matrix)
         grouped = q.reshape(b, kv_heads, heads // kv_heads * queries, width)
-        return (grouped.float() @ self.on(q.device)[1]).to(q.dtype).view(b, heads, queries, width)
+        return (grouped.float() @ self.on(q.device)).to(q.dtype).view(b, heads, queries, width)
 
     def keys(self, k: Tensor) -> Tensor:
         """[B, Hkv, T, D] turned."""
-        matrix = self.on(k.device)[0]
+        matrix = self.on(k.device)
         if k.shape[2] <= CHUNK:
             return (k.float() @ matrix).to(k.dtype)
         out = torch.empty_like(k)
@@ -56,4 +52,4 @@ class Turn:
 
     def back(self, k: Tensor) -> Tensor:
         """Turned keys as they were."""
-        return (k.float() @ self.on(k.device)[1].transpose(-1, -2)).to(k.dtype)
+        return (k.float() @ self.on(k.device).transpose(-1, -2)).to(k.dtype)

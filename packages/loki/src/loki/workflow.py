@@ -52,7 +52,7 @@ def settings(method: str, k: str, d: str, **others: Any) -> Settings:
 
 
 def calibrate_source(
-    name: str, text: str, *, tokens: int, length: int, rotary: str, query_aware: bool, batch_size: int, load: Load,
+    name: str, text: str, *, tokens: int, length: int, rotary: str, batch_size: int, load: Load,
     journal: Path | None = None,
 ) -> Basis:  # fmt: skip
     """Load the model and fit a basis to `tokens` tokens of `text`; a killed run goes on from `journal`."""
@@ -66,8 +66,8 @@ def calibrate_source(
     sequences = load_sequences(tokenizer, text, samples=max(1, -(-tokens // length)), length=length)
     with progress("batches read") as bar, refusals():
         return calibrate(
-            model, sequences, rotary=rotary, query_aware=query_aware, batch_size=batch_size, name=name, text=text,
-            journal=journal, progress=bar,
+            model, sequences, rotary=rotary, batch_size=batch_size, name=name, text=text, journal=journal,
+            progress=bar,
         )  # fmt: skip
 
 
