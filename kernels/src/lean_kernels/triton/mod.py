@@ -108,11 +108,12 @@ def _add_backward_kernel(
         keep = j < tl.load(counts + b)
     scale = tl.load(gate + b * k + j, mask=keep, other=0).to(tl.float32)
     row = grad + b * g_b + tl.load(idx + b * k + j, mask=keep, other=0).to(tl.int64) * g_s
+    end = tl.where(keep, H, 0)
     h = tl.arange(0, COLUMNS).to(tl.int64)
     products = tl.zeros((COLUMNS,), tl.float32)
     for start in range(0, H, COLUMNS):
         column = start + h
-        inside = column < tl.where(keep, H, 0)
+        inside = column < end
         down = tl.load(row + column * g_h, mask=inside, other=0).to(tl.float32)
         products += down * tl.load(y + b * y_b + j * y_k + column * y_h, mask=inside, other=0).to(tl.float32)
         value = tl.where(inside, down * scale, 0.0)
