@@ -138,11 +138,9 @@ def test_bench_says_what_adapters_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not small.training
     assert found["seconds_of_cpu_to_prune_zoo_llava"] > 0
     ratios = {row["ratio"]: row for row in found["ratios"]}
-    assert len(ratios) == 12
+    assert len(ratios) == 10
     assert ratios["time: exact / naive"]["target"] == "at most 0.95"
-    for tokens in (256, 1024):
-        assert f"time: exact / naive, one layer, {tokens} tokens" in ratios
-        assert f"CPU time: exact / naive, one layer in loops, {tokens} tokens" in ratios
+    assert {f"time: exact / naive, one layer, {tokens} tokens" for tokens in (256, 1024)} <= set(ratios)
     assert all(row["value"] > 0 for row in ratios.values())
     assert ratios["memory: exact / LoRA"]["value"] == rows["exact"]["memory_over_lora"]
     assert rows["exact, taught, checkpointed"]["peak_bytes"] < rows["exact, taught"]["peak_bytes"]
