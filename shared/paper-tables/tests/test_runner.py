@@ -148,6 +148,9 @@ def test_a_zoo_model_counts_by_its_weights(measure, tmp_path, monkeypatch):
     text = SMALL.replace("settings: {layers: 16}", 'settings: {layers: 16, draft: "zoo:gpt2", text: "zoo:calibration"}')
     assert measure(text)[0] == ALL
     assert measure(text)[0] == []
+    for told in ("README.md", "measurements.json", "training_log.jsonl"):  # of the model, and nothing that it reads
+        (tmp_path / "zoo" / "gpt2" / told).write_text("")
+    assert measure(text)[0] == []
     weights = tmp_path / "zoo" / "gpt2" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\7")
     assert measure(text)[0] == ALL

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 OWN = ("memory.py", "metrics.py", "probe.py", "quality.py", "timing.py")  # of paper_tables itself, only these measure
 NOT_CODE = (".pyc", ".pyi", ".md", ".safetensors")
 NO_CODE_IN = frozenset({"__pycache__", "_tables", "checkpoints"})
+ABOUT_A_MODEL = frozenset({"measurements.json", "training_log.jsonl"})  # beside a zoo model, as its card is
 WHOLE = 64 << 20  # files up to this size are hashed whole, larger ones by samples
 
 
@@ -49,7 +50,7 @@ def _content(path: Path) -> bytes:
 
 
 def _tree(folder: Path, skip: tuple[str, ...], without: frozenset[str] = frozenset()) -> list[bytes]:
-    """Names and contents of the files below `folder`, but for suffixes in `skip` and folders in `without`."""
+    """Names and contents of the files below `folder`, but for suffixes in `skip` and files and folders in `without`."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix not in skip)
     kept = [p for p in files if not without & set(p.relative_to(folder).parts)]
     return [part for p in kept for part in (p.relative_to(folder).as_posix().encode(), _content(p))]
@@ -118,7 +119,7 @@ def _fingerprint(source: str) -> str:
             return source
     path = Path(source).expanduser()
     if path.is_dir():
-        return _hash(_tree(path, (".md",)))
+        return _hash(_tree(path, (".md",), ABOUT_A_MODEL))
     if path.is_file():
         return _hash([_content(path)])
     return f"{source}@{_revision(source)}"
