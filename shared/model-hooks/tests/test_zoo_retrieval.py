@@ -194,9 +194,10 @@ def test_every_recipe_names_a_start() -> None:
     assert {recipe.start for recipe in RECIPES.values()} <= set(STARTS)
 
 
+@pytest.mark.parametrize(("name", "finder"), [("recall", 0), ("gpt2", 1)])
 @torch.inference_mode()
-def test_the_induction_start_looks_back_and_finds_the_value() -> None:
-    model: Any = build(RECIPES["recall"]).eval()
+def test_the_induction_start_looks_back_and_finds_the_value(name: str, finder: int) -> None:
+    model: Any = build(RECIPES[name]).eval()
     model.set_attn_implementation("eager")
     (question,) = zoo.lookups(128, 1, seed=4)
     ids = torch.tensor([encode(question.prompt)])
@@ -205,11 +206,12 @@ def test_the_induction_start_looks_back_and_finds_the_value() -> None:
         back = [first[0, head].diagonal(-d).mean().item() for d in range(6)]
         assert back.index(max(back)) == distance
     place = 4 * round(question.depth * 30) + 3  # of the asked value
-    assert second[0, 0, -1].argmax().item() == place
+    assert second[0, finder, -1].argmax().item() == place
 
 
 def test_the_zero_start_leaves_the_residual_stream_alone() -> None:
-    model: Any = build(RECIPES["gpt2"])
+    assert RECIPES["llama"].start == "zero"
+    model: Any = build(RECIPES["llama"])
     ids = torch.tensor([[5, 6, 7]])
     states = model(input_ids=ids, output_hidden_states=True).hidden_states
     assert torch.equal(states[0], states[-2])

@@ -66,8 +66,8 @@ each length, right if the most likely next token is the value; chance is that of
 """
 MIX = """\
 {lookup:.0%} are tables in which a repeated key asks for its value, {needle:.0%} text with such pairs hidden in it; an
-answer counts as much as {weight:.0f} tokens of text. The untrained weights are those of `starts.py`'s `{start}`: the
-first key-value head of each layer starts as half of an induction circuit, and all weights are trained.
+answer counts as much as {weight:.0f} tokens of text. The untrained weights are those of `starts.py`'s `{start}`: a part
+of each layer's heads starts as half of an induction circuit, and all weights are trained.
 """
 
 
@@ -100,9 +100,10 @@ def check_same(model: nn.Module, folder: Path) -> None:
 
 
 def measure(folder: Path, *, retrieves: bool = False) -> dict[str, float]:
-    """Bits per byte of the held-out text and accuracy on every task, computed in float32.
+    """Bits per byte of the held-out text and accuracy on the tasks, computed in float32.
 
-    For a model trained to answer them (``retrieves``), exact matches of lookups and needles by length too.
+    For a model trained to retrieve (``retrieves``), lookups too: the task, and exact matches of them and of needles by
+    length.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -113,7 +114,7 @@ def measure(folder: Path, *, retrieves: bool = False) -> dict[str, float]:
         "heldout_bits_per_byte": evaluate.bits_per_byte(model, bpe, heldout, context),
         "unigram_bits_per_byte": evaluate.unigram_bits_per_byte(bpe, corpus.text("calibration"), heldout),
     }
-    for task in TASKS:
+    for task in (task for task in TASKS if retrieves or task != "zoo_lookup"):
         measured[task] = evaluate.accuracy(model, bpe, questions(task))
     for length in (n for n in LENGTHS if n <= context) if retrieves else ():
         measured[f"lookup_{length}"] = evaluate.exact_match(model, bpe, lookups(length, ASKED))
@@ -140,7 +141,9 @@ def card(name: str, state: dict[str, Any], measured: dict[str, float], config: A
     recipe = RECIPES[name]
     bits, unigram = measured["heldout_bits_per_byte"], measured["unigram_bits_per_byte"]
     rows = [f"| held-out bits per byte (lower is better) | {bits:.3f} | {unigram:.3f} (unigram) |"]
-    rows += [f"| {task} accuracy | {measured[task]:.3f} | {CHANCE:.2f} (chance) |" for task in TASKS]
+    rows += [
+        f"| {task} accuracy | {measured[task]:.3f} | {CHANCE:.2f} (chance) |" for task in TASKS if task in measured
+    ]
     values, exact, mix = len(synthetic.words()[1]), "", ""
     if recipe.lookup_share:
         for kind in ("lookup", "needle"):

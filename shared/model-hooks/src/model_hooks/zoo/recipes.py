@@ -145,8 +145,13 @@ RECIPES: dict[str, Recipe] = {
         config=gpt2,
         summary="a small GPT-2, trained shortly: the weak model of weak-to-strong filtering",
         minutes=16,
+        muon_lr=0.01,
+        adam_lr=0.002,
         limit_mb=2,
         stages=((0.0, 256), (0.6, 1024)),
+        lookup_share=0.05,
+        needle_share=0.15,
+        start="induction_gpt2",
     ),
     "mixtral": Recipe(
         config=mixtral,

@@ -9,6 +9,11 @@ query's first one, and copy it. That is what the pattern ``key: value ... key:``
 the zero start, two layers trained on nothing but lookups of 64 tokens still answered with any value of the table after
 2 million tokens (16 % right); from this one, three layers had 99 % right after 200,000. Nothing is frozen: every weight
 is trained on, and the second key-value head starts free. After mimetic initialisation (Trockman and Kolter 2023).
+
+``induction_gpt2``: the same for a GPT-2, whose positions are learned: they start as waves, which the first two heads of
+the first layer turn back by one and two tokens. In the later layers the second head is as above, and the first looks
+for what followed this token before. Two minutes of training bring it to fewer bits per byte (1.89 of a part of the
+held-out text) than sixteen from the zero start (1.97 of all), with 99 % of the lookups right.
 """
 
 from __future__ import annotations
@@ -27,6 +32,12 @@ BACK_SHARE, BACK_SCALE = (
 MATCH_SCALE = 2.5
 INDUCTION_LAYERS = 4  # the layers that start so; more of them only copy the same token again
 WRITE_SCALE, COPY_SCALE = 0.08, 0.2
+
+# of a GPT-2. Its embeddings start EMBEDDING_SCALE times as large as usual, so that the first steps of Adam, all of one
+# size, do not wash the waves away, and without a part in the waves' dimensions, where it would be noise
+EMBEDDING_SCALE, WAVE_SCALE = 5.0, 0.25
+FASTEST, SLOWEST = 2.6, 0.004  # radians a token
+GPT2_BACK_SCALE, GPT2_MATCH_SCALE, GPT2_WRITE_SCALE, GPT2_COPY_SCALE = 2.0, 1.7, 0.25, 0.5
 
 
 @torch.no_grad()
@@ -83,4 +94,37 @@ def induction(model: nn.Module) -> None:
             attention.o_proj.weight[:, : 2 * head] = COPY_SCALE * torch.cat([read, read]).mT
 
 
-STARTS: dict[str, Callable[[nn.Module], None]] = {"zero": zero, "induction": induction}
+@torch.no_grad()
+def induction_gpt2(model: nn.Module) -> None:
+    """For a GPT-2 of four heads."""
+    zero(model)
+    inner: Any = model.transformer
+    hidden, half = inner.wte.weight.shape[1], inner.wte.weight.shape[1] // 8
+    rotation = torch.linalg.qr(torch.randn(hidden, hidden, generator=torch.Generator().manual_seed(7)))[0]
+    waves, read, first, second = rotation.split(2 * half)  # four bases [head, hidden], orthogonal to each other
+    speeds = FASTEST * (SLOWEST / FASTEST) ** torch.linspace(0, 1, half)
+    angles = torch.arange(len(inner.wpe.weight))[:, None] * speeds
+    inner.wpe.weight.copy_(WAVE_SCALE * torch.cat([angles.cos(), angles.sin()], 1) @ waves)
+    inner.wte.weight.mul_(EMBEDDING_SCALE)
+    inner.wte.weight.sub_(inner.wte.weight @ waves.mT @ waves)
+    for index, block in enumerate(inner.h[:INDUCTION_LAYERS]):
+        query, key, value = block.attn.c_attn.weight.mT.split(hidden)  # [out, in], a head's rows together
+        for head, distance in enumerate((1, 2)):
+            rows = slice(2 * half * head, 2 * half * (head + 1))
+            value[rows] = read
+            if index == 0:
+                cos, sin = (speeds * distance).cos().diag(), (speeds * distance).sin().diag()
+                back = torch.cat([torch.cat([cos, sin], 1), torch.cat([-sin, cos], 1)])
+                key[rows], query[rows] = GPT2_BACK_SCALE * waves, GPT2_BACK_SCALE * back @ waves
+                block.attn.c_proj.weight[rows] = GPT2_WRITE_SCALE * (first, second)[head]
+            else:
+                key[rows] = GPT2_MATCH_SCALE * (first, second)[head]
+                query[rows] = GPT2_MATCH_SCALE * (read, first)[head]
+                block.attn.c_proj.weight[rows] = GPT2_COPY_SCALE * read
+
+
+STARTS: dict[str, Callable[[nn.Module], None]] = {
+    "zero": zero,
+    "induction": induction,
+    "induction_gpt2": induction_gpt2,
+}

@@ -136,29 +136,30 @@ def _bracket(rng: random.Random, text: str) -> Question | None:
 
 
 def _recall(rng: random.Random) -> Question:
-    """Which value has this name? The table and earlier queries fill 512 tokens; the others are values of the table."""
-    count = _encoder()
-    pairs = 24
-    while True:  # the table takes about three fourths of the tokens, earlier queries the rest
-        document = synthetic.recall(rng, pairs, pairs)
-        table = count(document.head)
-        if table <= RECALL_TOKENS * 3 // 4:
-            break
-        pairs -= 1
-    text, room, asked = document.head, RECALL_TOKENS - table - 20, 0
-    while room > 0 and asked < pairs - 1:
-        line = "".join(document.queries[asked]) + document.end
-        text, room, asked = text + line, room - count(line), asked + 1
-    prompt, answer = document.queries[asked]
-    alike = [v for v in document.values if v != answer and v.startswith('"') == answer.startswith('"')]
-    wrong = alike if len(alike) >= CHOICES - 1 else [v for v in document.values if v != answer]
-    return _question(rng, text + prompt, answer, rng.sample(wrong, CHOICES - 1))
+    """Which value has this key? Four lines ``key: value`` are hidden in held-out code, 512 tokens with the question."""
+    count, pairs = _encoder(), synthetic.pairs(rng, CHOICES)
+    if len({pair.answer for pair in pairs}) < CHOICES:
+        return _recall(rng)
+    documents = _documents()
+    text = rng.choices(documents, [len(text) for text in documents])[0].splitlines()
+    at, room = rng.randrange(len(text)), RECALL_TOKENS - sum(count(p.prompt + p.answer) for p in (*pairs, pairs[0]))
+    lines: list[str] = []
+    while (room := room - count("\n" + text[at])) >= 0:
+        lines.append(text[at])
+        at = (at + 1) % len(text)
+    for pair in rng.sample(pairs, CHOICES):
+        lines.insert(rng.randint(0, len(lines)), (pair.prompt + pair.answer)[1:])
+    return _question(rng, "\n".join(lines) + pairs[0].prompt, pairs[0].answer, [pair.answer for pair in pairs[1:]])
 
 
 def _lookup(rng: random.Random) -> Question:
     """Which value has this key? A table of one-token pairs fills 512 tokens; the others are values of the table."""
     (lookup,) = retrieval.lookups(RECALL_TOKENS, 1, rng.getrandbits(32))
     return _question(rng, lookup.prompt, lookup.answer, rng.sample(lookup.others, CHOICES - 1))
+
+
+def _documents() -> list[str]:
+    return [text for _, text in corpus.text("heldout") if len(text) > 2 * CONTEXT]
 
 
 @cache
@@ -182,7 +183,7 @@ def questions(task: str, seed: int = 0) -> tuple[Question, ...]:
     rng = random.Random(f"{task}/{seed}")
     if task in DRAWN:
         return tuple(DRAWN[task](rng) for _ in range(SIZE))
-    documents = [text for _, text in corpus.text("heldout") if len(text) > 2 * CONTEXT]
+    documents = _documents()
     weights = [len(text) for text in documents]
     seen: dict[str, Question] = {}
     while len(seen) < SIZE:
