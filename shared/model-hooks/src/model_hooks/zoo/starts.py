@@ -12,8 +12,8 @@ is trained on, and the second key-value head starts free. After mimetic initiali
 
 ``induction_gpt2``: the same for a GPT-2, whose positions are learned: they start as waves, which the first two heads of
 the first layer turn back by one and two tokens. In the later layers the second head is as above, and the first looks
-for what followed this token before. Two minutes of training bring it to fewer bits per byte (1.89 of a part of the
-held-out text) than sixteen from the zero start (1.97 of all), with 99 % of the lookups right.
+for what followed this token before. Six minutes of training bring it to 1.69 bits per byte of the held-out text and
+98 % of the lookups in 512 tokens right; sixteen from the zero start had brought it to 1.96.
 """
 
 from __future__ import annotations
