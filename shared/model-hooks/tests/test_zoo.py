@@ -170,7 +170,6 @@ def test_the_card_states_what_is_measured() -> None:
     measured = json.loads((zoo.resolve("zoo:llama") / "measurements.json").read_text())
     card = (zoo.resolve("zoo:llama") / "README.md").read_text()
     assert f"| {measured['heldout_bits_per_byte']:.3f} |" in card
-    assert all(f"| {task} accuracy | {measured[task]:.3f} | 0.25 (chance) |" in card for task in OF_ALL)
     found = evaluate.bits_per_byte(load("zoo:llama"), bpe(), zoo.text("heldout"))
     assert found == pytest.approx(measured["heldout_bits_per_byte"], rel=0.01)
 
