@@ -49,6 +49,11 @@ def _content(path: Path) -> bytes:
     return _file(str(path), stat.st_size, stat.st_mtime_ns)
 
 
+@cache
+def _resolved(file: str) -> Path:
+    return Path(file).resolve()  # some thousands of modules, asked for after every unit
+
+
 def _tree(folder: Path, skip: tuple[str, ...], without: frozenset[str] = frozenset()) -> list[bytes]:
     """Names and contents of the files below `folder`, but for suffixes in `skip` and files and folders in `without`."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix not in skip)
@@ -89,7 +94,7 @@ class Code:
     def used(self) -> dict[str, str]:
         """What counts for a result that this process has just measured; files as they were when this was made."""
         files = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
-        imported = {Path(file).resolve() for file in files if file}
+        imported = {_resolved(file) for file in files if file}
         return {**self.always, **{name: text for name, (file, text) in self.modules.items() if file in imported}}
 
     def holds(self, recorded: Any) -> bool:
