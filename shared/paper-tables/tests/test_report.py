@@ -135,6 +135,13 @@ def test_rows_of_a_heat_map_have_names_where_there_are_as_many(tmp_path, count, 
     assert ([label.get_text() for label in axes.get_yticklabels()] == names) == shown
 
 
+def test_columns_of_a_heat_map_are_numbered_from_its_start(tmp_path):
+    _, axes = _axes(tmp_path, "similarity", demo.MAIN.replace("x: gap, y: layer}", "x: gap, start: 1}"))
+    left, right, bottom, top = axes.images[0].get_extent()
+    rows, columns = axes.images[0].get_array().shape
+    assert (left, right, bottom, top) == (0.5, columns + 0.5, rows - 0.5, -0.5)
+
+
 def test_the_json_holds_cells_with_errors_and_seeds_figures_and_verdicts(files):
     found = json.loads(files["json"].read_text())
     table = found["tables"][0]
@@ -266,6 +273,19 @@ def test_the_terminal_shows_everything_within_its_width(report, width):
     text = " ".join(" ".join(lines).split())
     for said in ("1.239 ± 0.002", "56.2 ± 2.5", "97.6", "✗ not held (tiny", "✓ held (tiny)", "mlp-4#0 failed"):
         assert said in text
+
+
+def test_a_published_figure_with_nothing_beside_it_is_printed_once(tmp_path):
+    from rich.console import Console
+
+    text = demo.MAIN.replace("columns:\n", "columns:\n  win: {title: win rate}\n").replace(
+        "paper:\n  - {row", "paper:\n  - {row: huge, column: win, value: 76.99, from: table, source: 2}\n  - {row"
+    )
+    console = Console(width=60, file=io.StringIO(), highlight=False)
+    print_report(console, report_of(tmp_path, measured(tmp_path, text=text)))
+    printed = console.file.getvalue()
+    assert printed.count("76.99") == printed.count("win rate") - 1 == 1  # a footnote names its source
+    assert printed.count("97.6") == 2  # beside what each scale measured
 
 
 @pytest.mark.parametrize(

@@ -59,15 +59,21 @@ def _figure(plot: Plot, scale: str, **size: float) -> tuple[Any, Any]:
     return new_figure(f"{plot.title}  ·  {LABELS[scale]}", **size)
 
 
-def draw_matrix(figure: Any, axes: Any, numbers: list[list[float]], x: str, y: str) -> None:
-    """A heat map of `numbers` (rows from top to bottom, nan stays empty) with the axes named `x` and `y`."""
+def draw_matrix(figure: Any, axes: Any, numbers: list[list[float]], x: str, y: str, start: float = 0.0) -> None:
+    """A heat map of `numbers` (rows from top to bottom, nan stays empty) with the axes named `x` and `y`.
+
+    Columns are counted from `start`, rows from 0; a row that is the only one has no number.
+    """
     from matplotlib.ticker import MaxNLocator
 
-    image = axes.imshow(numbers, cmap="viridis", aspect="auto", interpolation="nearest")
+    edges = (start - 0.5, start + len(numbers[0]) - 0.5, len(numbers) - 0.5, -0.5)
+    image = axes.imshow(numbers, cmap="viridis", aspect="auto", interpolation="nearest", extent=edges)
     for side in axes.spines.values():
         side.set_visible(False)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    if len(numbers) == 1:
+        axes.set_yticks([])
     axes.set_xlabel(x, fontsize=9.5, color=INK)
     axes.set_ylabel(y, fontsize=9.5, color=INK)
     bar = figure.colorbar(image, ax=axes, shrink=0.9)
@@ -170,7 +176,7 @@ def _heatmap(report: TableReport, plot: Plot, scale: str) -> Any:
     if all(math.isnan(v) for line in numbers for v in line):
         return None
     figure, axes = _figure(plot, scale, width=5.4, height=max(1.8, min(5.0, 0.9 + 4.0 * len(matrix) / width)))
-    draw_matrix(figure, axes, numbers, plot.x, plot.y)
+    draw_matrix(figure, axes, numbers, plot.x, plot.y, plot.start)
     if len(plot.labels) == len(numbers):
         axes.set_yticks(range(len(numbers)), plot.labels)
     return figure

@@ -99,6 +99,7 @@ class Plot:
     artefact: str = ""
     rows: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
+    start: float = 0.0  # what the first column of a heat map is numbered
 
 
 @dataclass(frozen=True)
@@ -329,7 +330,7 @@ def _claim(path: Path, item: Any, parent: Reader) -> Claim:
 
 
 NEEDED = {"curve": ("x", "y"), "bars": ("y",), "heatmap": ("row", "artefact")}
-OPTIONAL = {"curve": ("by", "baseline", "rows"), "bars": ("rows",), "heatmap": ("x", "y", "labels")}
+OPTIONAL = {"curve": ("by", "baseline", "rows"), "bars": ("rows",), "heatmap": ("x", "y", "labels", "start")}
 
 
 def _plot(path: Path, item: Any, parent: Reader) -> Plot:
@@ -342,4 +343,5 @@ def _plot(path: Path, item: Any, parent: Reader) -> Plot:
     names = ("x", "y", "by", "baseline", "row", "artefact")
     texts = {name: reader.text(name) for name in names}
     rows, labels = reader.words("rows"), reader.words("labels")
-    return Plot(reader.text("id"), kind, reader.text("title", reader.text("id")), rows=rows, labels=labels, **texts)
+    title, start = reader.text("title", reader.text("id")), reader.number("start") or 0.0
+    return Plot(reader.text("id"), kind, title, rows=rows, labels=labels, start=start, **texts)

@@ -27,7 +27,7 @@ def print_report(console: Any, report: TableReport) -> None:
     columns = [(column, source) for column, sources in report.columns() for source in sources]
     groups = [columns]
     if not _fits(console, report, columns):
-        groups = [[(c, s) for c, s in columns if s in ("published", scale)] for scale in report.scales]
+        groups = [_of_scale(report, scale) for scale in report.scales]
     for group in groups:
         for part in _parts(console, report, group):
             console.print(_grid(report, part))
@@ -42,6 +42,17 @@ def print_heading(console: Any, report: TableReport) -> None:
     from rich.markup import escape
 
     console.print(f"[bold]{escape(report.paper.name)}/{escape(report.table.id)}[/bold]  {escape(report.table.title)}")
+
+
+def _of_scale(report: TableReport, scale: str) -> list[Cell]:
+    """What was measured at `scale`, published figures beside it; those with nothing beside them at the first scale."""
+    alone = [next(iter(report.scales))]
+    return [
+        (column, source)
+        for column, sources in report.columns()
+        for source in sources
+        if source == scale or (source == "published" and scale in (sources[1:] or alone))
+    ]
 
 
 def _fits(console: Any, report: TableReport, columns: Sequence[Cell]) -> bool:
