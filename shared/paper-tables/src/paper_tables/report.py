@@ -155,14 +155,13 @@ def _scale(paper: Paper, table: Table, scale: str, results: Path, code: Code) ->
     for unit in table.units(scale):
         found.units += 1
         key = unit_key(table, unit.cell)
-        results_of = [r for r in (fresh, kept) if unit.id in r.units]
+        if "error" in fresh.units.get(unit.id, {}):  # of the last try; there may be figures of an earlier one
+            found.failed[unit.id] = str(fresh.units[unit.id]["error"])
+        results_of = [r for r in (fresh, kept) if "values" in r.units.get(unit.id, {})]
         if not results_of:
             continue
         valid = next((r for r in results_of if r.fresh(unit.id, key, code)), None)
         record = (valid or results_of[0]).units[unit.id]
-        if "values" not in record:
-            found.failed[unit.id] = str(record.get("error", "unknown error"))
-            continue
         found.measured += 1
         found.stale += valid is None
         used[record["machine"]] += 1

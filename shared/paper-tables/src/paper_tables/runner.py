@@ -56,6 +56,7 @@ def run_tables(
     """Measure what is missing of `tables` at `scale` into `results`.
 
     A unit whose record has the same key (cell, inputs, code) is not run again unless `force`; a failed one always is.
+    Where a unit fails that was measured before, the error is added to its record, which stays.
     `report` is told of failures as they happen. KeyboardInterrupt passes through; what was measured is on disk.
     Raises `TableError` if another run is at work on one of the tables.
     """
@@ -83,7 +84,7 @@ def _plan(paper: Paper, table: Table, scale: str, path: Path, force: bool) -> _J
     code = Code(paper)
     found = read_results(path, paper.name, table.id, scale)
     keyed = [(unit, unit_key(table, unit.cell)) for unit in table.units(scale)]
-    done = {u.id for u, key in keyed if "values" in found.units.get(u.id, {}) and found.fresh(u.id, key, code)}
+    done = {u.id for u, key in keyed if "error" not in found.units.get(u.id, {}) and found.fresh(u.id, key, code)}
     return _Job(paper, table, path, found, code, [pair for pair in keyed if force or pair[0].id not in done])
 
 
@@ -108,46 +109,45 @@ def _run_unit(job: _Job, unit: Unit, key: dict[str, Any], context: Context) -> s
     """Measure one unit and write it down. Returns the error's line where it failed."""
     context.artefacts = {}
     begun = time.monotonic()
-    record: dict[str, Any]
+    outcome: dict[str, Any]
     failure: str | None = None
     try:
         values = check_values(job.paper.run(dict(unit.cell), context), job.table)
         artefacts = {name: _artefact(name, value) for name, value in context.artefacts.items()}
-        record = {"values": values, **({"artefacts": artefacts} if artefacts else {})}
+        outcome = {"values": values, **({"artefacts": artefacts} if artefacts else {})}
     except Exception as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise  # every further unit would fail in the same way
         failure = one_line(error)
-        record = {"error": failure, "where": _where(error)}
+        outcome = {"error": failure, "where": _where(error)}
         del error
         gc.collect()  # a failure may hold what the next unit needs the memory for
+    before = job.results.units.get(unit.id, {})
+    if failure is not None and "values" in before:
+        job.results.units[unit.id] = {**before, **outcome}
+    else:
+        job.results.units[unit.id] = _record(job, unit, key, outcome, round(time.monotonic() - begun, 3))
+    job.results.keep(u.id for u in job.table.units(job.results.scale))  # rows that the table no longer has go
+    write(job.path, job.results.text())
+    return failure
+
+
+def _record(job: _Job, unit: Unit, key: dict[str, Any], outcome: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    """What is kept of a unit's `outcome`; the machine and the code that it names are added to the job's results."""
     here = machine()  # after the work: that has imported torch, if it uses it
     name = describe(here)
     job.results.machines[name] = here
     used = job.code.used()
     job.results.code[digest(used)] = used
-    job.results.units[unit.id] = {
+    return {
         "key": settle(key, unit_key(job.table, unit.cell)),  # a hub model may have its revision only now
         "code": digest(used),
         "cell": {k: v for k, v in unit.cell.items() if k not in ("package", "table", "scale")},
-        **record,
-        "seconds": round(time.monotonic() - begun, 3),
+        **outcome,
+        "seconds": seconds,
         "measured": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": name,
     }
-    wanted = [u.id for u in job.table.units(job.results.scale)]
-    ordered = {i: job.results.units[i] for i in wanted if i in job.results.units}
-    job.results.units = ordered  # in the table's order; rows that the table no longer has go
-    job.results.machines = _named(job.results.machines, ordered, "machine")
-    job.results.code = _named(job.results.code, ordered, "code")
-    write(job.path, job.results.text())
-    return failure
-
-
-def _named(found: dict[str, Any], units: Mapping[str, Mapping[str, Any]], field: str) -> dict[str, Any]:
-    """What the records of `units` name in `field`."""
-    names = {record.get(field) for record in units.values()}
-    return {name: value for name, value in found.items() if name in names}
 
 
 def _where(error: BaseException) -> str:
@@ -187,14 +187,21 @@ def _artefact(name: str, value: Any) -> Any:
 
 
 def publish(tables: Iterable[tuple[Paper, Table]], scale: str, results: Path) -> list[Path]:
-    """Copy the results at `scale` into the packages' own folders, to be committed. Failed units stay behind."""
+    """Copy the results at `scale` into the packages' own folders, to be committed; returns the files written.
+
+    What is there of a unit that failed, or was not measured here, stays.
+    """
     written = []
     for paper, table in tables:
         found = read_results(results_path(results, paper.name, table.id, scale), paper.name, table.id, scale)
-        found.units = {k: v for k, v in found.units.items() if "values" in v}
-        found.code = _named(found.code, found.units, "code")
-        if found.units:
+        new = {name: record for name, record in found.units.items() if "error" not in record}
+        if new and scale in table.scales:
             target = paper.committed / table.id / f"{scale}.json"
-            write(target, found.text())
+            merged = read_results(target, paper.name, table.id, scale)
+            merged.units |= new
+            merged.machines |= found.machines
+            merged.code |= found.code
+            merged.keep(unit.id for unit in table.units(scale))
+            write(target, merged.text())
             written.append(target)
     return written

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +17,9 @@ FORMAT = 1
 
 @dataclass
 class Results:
-    """What was measured of one table at one scale. `units`: unit id -> record (key, code, values or error, ...);
-    `code`: what `Code.used` gave, by the name that the records have of it."""
+    """What was measured of one table at one scale. `units`: unit id -> record (key, code, values, ...); if the last
+    try failed, with its `error` and `where`, and values only if an earlier one gave them; `code`: what `Code.used`
+    gave, by the name that the records have of it."""
 
     package: str
     table: str
@@ -36,6 +37,13 @@ class Results:
         """Is there a record of the unit that was measured under `key` by `code`?"""
         record = self.units.get(unit, {})
         return same(record.get("key"), key) and code.holds(self.code.get(record.get("code", "")))
+
+    def keep(self, units: Iterable[str]) -> None:
+        """Drop all but the records of `units`, taken in that order, and the machines and the code that they name."""
+        self.units = {unit: self.units[unit] for unit in units if unit in self.units}
+        machines, code = ({record.get(name) for record in self.units.values()} for name in ("machine", "code"))
+        self.machines = {name: found for name, found in self.machines.items() if name in machines}
+        self.code = {name: found for name, found in self.code.items() if name in code}
 
 
 def results_path(root: Path, package: str, table: str, scale: str) -> Path:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .table import Table
 
 OWN = ("memory.py", "metrics.py", "probe.py", "quality.py", "timing.py")  # of paper_tables itself, only these measure
+TRAINING = ("sft.py", "trainer.py", "training.py")  # these measure where a row trains
 NOT_CODE = (".pyc", ".pyi", ".md", ".safetensors")
 NO_CODE_IN = frozenset({"__pycache__", "_tables", "checkpoints"})
 ABOUT_A_MODEL = frozenset({"measurements.json", "training_log.jsonl"})  # beside a zoo model, as its card is
@@ -64,9 +65,10 @@ def _tree(folder: Path, skip: tuple[str, ...], without: frozenset[str] = frozens
 class Code:
     """The code that measures a paper's rows, as hashes by name: `used` is what a result is kept with.
 
-    Always: ours that measure. Of the paper's own package and those in `paper.code` the modules that this process has
-    imported, but for a command line (`cli.py`), and everything there that is no module: so a new module or verb makes
-    no result doubtful. README, tests and tables lie outside of these folders; weights and compiled files do not count.
+    Always: ours that measure. Ours that train where this process has imported them. Of the paper's own package and
+    those in `paper.code` the modules that this process has imported, but for a command line (`cli.py`), and everything
+    there that is no module: so a new module or verb makes no result doubtful. README, tests and tables lie outside of
+    these folders; weights and compiled files do not count.
     """
 
     def __init__(self, paper: Paper) -> None:
@@ -75,6 +77,8 @@ class Code:
         measuring = [part for n in OWN if (here / n).is_file() for part in (n.encode(), _content(here / n))]
         self.always = {"paper_tables": _hash(measuring)}
         self.modules: dict[str, tuple[Path, str]] = {}  # name -> its file and hash
+        for name in TRAINING:
+            self._add(f"{here.name}/{name}", here / name)
         for name in dict.fromkeys((own, *paper.code)):
             spec = importlib.util.find_spec(name) if name and name != "__main__" else None
             if spec is None or spec.origin is None:
