@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from llm_drop import Plan, Scores, apply, draft_of, score, select
@@ -32,6 +33,17 @@ def test_a_plan_of_another_model_is_refused_and_nothing_changes(model: Any, scor
     with pytest.raises(FingerprintMismatch, match="the plan is for 9 layers, the model has 6"):
         apply(model, Plan(9, (1,)))
     assert fingerprint(model) == before
+
+
+def test_repair_by_the_scores_of_another_model_is_refused(model: Any, scores: Scores) -> None:
+    plan = select(scores, attention=2)
+    before = fingerprint(model)
+    with pytest.raises(FingerprintMismatch, match="the scores are of another model"):
+        apply(model, plan, repair=replace(scores, fingerprint="of another"))
+    with pytest.raises(FingerprintMismatch, match="the scores are of another model"):
+        apply(model, replace(plan, fingerprint=""), repair=replace(scores, fingerprint="of another"))
+    assert fingerprint(model) == before
+    assert apply(model, plan, repair=scores) is model
 
 
 def test_plans_compose_in_the_original_indices(model: Any, sequences: torch.Tensor) -> None:
@@ -111,6 +123,23 @@ def test_quantising_touches_the_blocks_alone_and_leaves_the_parent(model: Any, s
     assert not torch.equal(logits(small, sequences[:2]), before)
     with pytest.raises(RequestError, match="2 to 8 bits"):
         quantise(model, 1)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral"])
+def test_matrices_that_are_no_linear_layers_are_rounded_too(name: str) -> None:
+    sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    moe = {"intermediate_size": 48, "num_key_value_heads": 2, "num_local_experts": 4}
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(name, **sizes, **(moe if name == "mixtral" else {}))
+    ).eval()
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    after = dict(quantise(model, 2, 8).named_parameters())
+    for n, p in before.items():
+        rounded = p.dim() > 1 and (".h." in n or ".layers." in n)
+        assert torch.equal(after[n], p) != rounded, n
+    if name == "gpt2":  # a group of 8 is of the inputs of one output, and Conv1D holds outputs in columns
+        column = after["transformer.h.0.mlp.c_fc.weight"][:8, 3]
+        assert column.abs().unique().numel() <= 2
 
 
 def test_a_planted_idle_block_is_dropped_first_and_not_missed(model: Any, sequences: torch.Tensor) -> None:

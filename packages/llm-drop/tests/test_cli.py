@@ -90,6 +90,11 @@ def test_layer_by_layer_scores_are_the_same(folder: Path, scored: Path, room: Pa
     assert layered.data_fingerprint == whole.data_fingerprint
     said("plan", "scores.json", "--attention", 2)
     said("drop", folder, "plan.json", "-o", "out", "--measure", "")
+    half = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    half.save_pretrained("half")
+    shutil.copy(folder / "tokenizer.json", "half")
+    said("score", "half", *SCORE, "--layerwise", "--dtype", "float32", "-o", "wide.json")
+    assert Scores.load("wide.json").dtype == "float32"
     refused("score again with gaps", "plan", "scores.json", "--blocks", 2, "--consecutive", "-o", "p")
 
 
@@ -146,6 +151,10 @@ def test_wrong_requests(folder: Path, scored: Path) -> None:
         "p",
     )
     refused("asked for nothing", "plan", scored, "-o", "p")
+    refused("exclude each other", "plan", scored, "--blocks", 2, "--consecutive", "--iterative", "-o", "p")
+    refused("leave out --device-map", "score", folder, *SCORE, "--layerwise", "--device-map", "auto")
+    refused("give --layerwise with it", "score", folder, *SCORE, "--buffer", "states")
+    refused("dtype 'int3' is not accepted", "score", folder, *SCORE, "--layerwise", "--dtype", "int3")
     refused("exclude each other", "plan", scored, "--attention", 1, "--kv-budget", 0.5, "-o", "p")
     refused("bad.json: not a scores file", "plan", "bad.json", "--attention", 1, "-o", "p")
     refused("missing.json: no such file", "plan", "missing.json", "--attention", 1, "-o", "p")
@@ -182,6 +191,9 @@ def test_what_exists_is_kept(folder: Path, scored: Path) -> None:
     Path("scores.json").write_text("mine")
     refused("--overwrite", "drop", folder, "plan.json", "-o", "out")
     refused("--overwrite", "score", folder, *SCORE)
+    Path("model.safetensors").write_text("mine")
+    refused("--overwrite", "score", folder, *SCORE, "-o", "model.json")  # whose mean changes would be in that file
+    assert Path("model.safetensors").read_text() == "mine"
     assert Path("scores.json").read_text() == "mine"
     assert call("drop", folder, "plan.json", "-o", "out", "--overwrite", "--measure", "").exit_code == 0
     assert not Path("out/precious").exists()

@@ -14,7 +14,9 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llm_drop.repair import apply
 from llm_drop.scoring import FORMAT, Scores, data_fingerprint, score
+from llm_drop.selection import plan_of, select
 from processes import calling, ranks, started
 from torch import Tensor
 
@@ -162,8 +164,6 @@ def test_neither_batches_nor_order_nor_padding_matter(
 
 @torch.no_grad()
 def test_a_planted_identity_block_has_similarity_one_and_goes_first() -> None:
-    from llm_drop.selection import select
-
     model, sequences = fresh(), ids(4, 12)
     model.model.layers[2].self_attn.o_proj.weight.zero_()
     model.model.layers[2].mlp.down_proj.weight.zero_()
@@ -185,6 +185,9 @@ def test_dropped_units_have_no_score_and_keep_the_others_numbers() -> None:
     assert sorted(found.deltas) == [("attention", 1), ("attention", 3), ("mlp", 0), ("mlp", 3)]
     assert (found.num_layers, list(found.gaps)) == (LAYERS, [])
     assert found.block[0] == pytest.approx(found.mlp[0], abs=1e-12)
+    plan = plan_of([("block", 0), ("block", 1)], found, "two blocks of which each has lost a half")
+    assert plan.units == (("attention", 1), ("mlp", 0))
+    assert apply(model, plan).config.lean["dropped_mlp"] == [0, 1, 2]
 
 
 def test_memory_does_not_grow_with_the_data() -> None:

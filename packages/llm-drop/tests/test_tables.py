@@ -38,6 +38,8 @@ def test_every_table_reads_and_names_known_figures() -> None:
         for scale in table.scales:
             for unit in table.units(scale):
                 assert set(unit.cell["figures"]) <= set(FIGURES), f"{table.id}/{scale}"
+                tasks = unit.cell["tasks"] if "tasks" in unit.cell["figures"] else []
+                assert set(tasks) <= set(table.columns), f"{table.id}/{scale}"
     assert all("quick" in t.scales and "tiny" in t.scales for t in tables.values())
     assert sum(len(t.claims) for t in tables.values()) >= 20
 

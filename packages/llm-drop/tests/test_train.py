@@ -235,6 +235,14 @@ def test_gpt2_is_adapted_too() -> None:
     assert lora_targets(anatomy(model))[0] == [f"transformer.h.{i}.{n}" for i in (0, 1) for n in names]
 
 
+def test_so_are_both_matrices_of_opts_feed_forward() -> None:
+    sizes = {"vocab_size": 97, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
+             "word_embed_proj_dim": 32, "max_position_embeddings": 64}  # fmt: skip
+    model = transformers.OPTForCausalLM(transformers.OPTConfig(**sizes)).eval()
+    names = ("self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj", "self_attn.out_proj", "fc1", "fc2")
+    assert lora_targets(anatomy(model))[0] == [f"model.decoder.layers.0.{n}" for n in names]
+
+
 class Matrix(nn.Module):
     """A linear layer that is no nn.Linear."""
 

@@ -94,6 +94,28 @@ def test_a_model_without_a_head_and_a_model_in_training_are_read_too() -> None:
     assert anatomy(half).layout == "sandwich"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_16_bits_are_read_as_32_are(name: str, dtype: torch.dtype) -> None:
+    whole, half = anatomy(parent(name)), anatomy(build(name).to(dtype))
+    assert half.layout == whole.layout
+    for one, other in zip(half.blocks, whole.blocks, strict=True):
+        assert [(s.name, s.scale, s.pre, s.post) for s in one.sublayers] == [
+            (s.name, s.scale, s.pre, s.post) for s in other.sublayers
+        ]
+
+
+def test_one_large_channel_hides_no_residual_multiplier() -> None:
+    model = build("granite").to(torch.bfloat16)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:, 0] = 1000.0
+    assert {s.scale for b in anatomy(model).blocks for s in b.sublayers} == {0.25}
+    for layer in model.model.layers:
+        layer.residual_multiplier = torch.tensor(0.9)  # no float that the block owns: nothing explains it
+    with pytest.raises(UnsupportedArchitectureError, match="around a residual stream"):
+        anatomy(model)
+
+
 def test_reading_leaves_no_trace() -> None:
     model = build("mixtral")
     before = {n: p.clone() for n, p in model.state_dict().items()}

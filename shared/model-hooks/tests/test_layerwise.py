@@ -107,6 +107,28 @@ def test_the_fingerprint_is_that_of_the_whole_model(name: str, tmp_path: Path) -
     assert LayerStream(folder).fingerprint() == fingerprint(load(folder, tokenizer=False)[0])
 
 
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "paligemma"])
+def test_so_it_is_where_a_vision_tower_is_not_loaded(name: str, tmp_path: Path) -> None:
+    folder = stored(vlm(name).bfloat16(), tmp_path / "model")
+    stream = LayerStream(folder)
+    resident = resident_bytes(stream.model)
+    found = {fingerprint(load(folder, tokenizer=False, dtype=dtype)[0]) for dtype in ("auto", "float32")}
+    assert found == {stream.fingerprint()}
+    assert resident_bytes(stream.model) == resident
+    with torch.no_grad():
+        tower = load(folder, tokenizer=False)[0]
+        next(p for n, p in tower.named_parameters() if "vision" in n or "visual" in n).flatten()[0] += 1
+    assert fingerprint(tower) != stream.fingerprint()
+
+
+@pytest.mark.parametrize("stored_in", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_checkpoint_is_the_same_in_any_precision_above_its_own(stored_in: torch.dtype, tmp_path: Path) -> None:
+    folder = stored(build("llama").to(stored_in), tmp_path / "model")
+    assert fingerprint(load(folder, tokenizer=False, dtype="float32")[0]) == fingerprint(
+        load(folder, tokenizer=False)[0]
+    )
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_changing_nothing_writes_the_same_weights(name: str, tmp_path: Path) -> None:
     folder = stored(build(name).bfloat16(), tmp_path / "model")

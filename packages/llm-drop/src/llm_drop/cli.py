@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from llm_drop.train import train_command
+from model_hooks import RequestError
 from model_hooks.files import refuse_existing
 from model_hooks.loading import load_placed
 from paper_tables.cli import add_reproduce
@@ -46,11 +47,17 @@ def score(
     A killed run goes on where it was when the same command is given again.
     """
     from llm_drop import workflow
+    from llm_drop.scoring import deltas_file
 
-    refuse_existing(output, overwrite)
+    for file in (output, deltas_file(output)):
+        refuse_existing(file, overwrite)
+    if layerwise and device_map:
+        raise RequestError("--layerwise holds one layer on one device: leave out --device-map")
+    if buffer and not layerwise:
+        raise RequestError("--buffer is where --layerwise keeps hidden states: give --layerwise with it")
     sizes = {"samples": samples, "length": length, "batch_size": batch_size}
     if layerwise:
-        found = workflow.score_source_layerwise(model, data, **sizes, buffer=buffer)
+        found = workflow.score_source_layerwise(model, data, **sizes, buffer=buffer, dtype=dtype)
     else:
         journal = output.with_name(f".{output.name}.journal")
         found = workflow.score_source(

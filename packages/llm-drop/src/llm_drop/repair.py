@@ -35,18 +35,23 @@ def apply(model: Any, plan: Plan, *, repair: Scores | None = None, check: bool =
     """Drop what `plan` says from `model`, in place, and return it; with `repair`, leave the mean changes behind.
 
     Args:
-        check: compare the model's fingerprint with the plan's first (reads all weights).
+        check: compare the model's fingerprint with the plan's and the scores' first (reads all weights).
 
     Raises:
-        FingerprintMismatch: the plan was made from another model.
+        FingerprintMismatch: the plan or the scores were made from another model.
         RequestError: an index is out of range or dropped already. The model is untouched in every such case.
     """
     from model_hooks import FingerprintMismatch, anatomy, drop, fingerprint
 
-    if check and plan.fingerprint and (found := fingerprint(model)) != plan.fingerprint:
-        raise FingerprintMismatch(
-            f"the plan was made from {plan.model} ({plan.fingerprint}), this model is {found}; score it and plan again"
-        )
+    if check and (plan.fingerprint or repair is not None):
+        found = fingerprint(model)
+        if plan.fingerprint and found != plan.fingerprint:
+            raise FingerprintMismatch(
+                f"the plan was made from {plan.model} ({plan.fingerprint}), this model is {found}; "
+                "score it and plan again"
+            )
+        if repair is not None:
+            repair.check(model=found)
     if (layers := anatomy(model).num_original_layers) != plan.num_layers:
         raise FingerprintMismatch(f"the plan is for {plan.num_layers} layers, the model has {layers}; plan again")
     bias: Any = constants(plan, repair) if repair is not None else None

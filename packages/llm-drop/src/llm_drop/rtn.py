@@ -24,11 +24,17 @@ def quantised(weight: Tensor, bits: int, group: int) -> Tensor:
 
 @torch.no_grad()
 def quantise(model: Any, bits: int = 4, group: int = 32) -> Any:
-    """Round every weight matrix of the decoder's blocks to `bits` bits; embeddings, norms and head stay. Returns it."""
+    """Round every weight matrix of the decoder's blocks, fused experts too, to `bits` bits; embeddings, norms and head
+    stay. Returns it."""
+    from transformers.pytorch_utils import Conv1D
+
     if not 2 <= bits <= 8 or group < 1:
         raise RequestError(f"bits {bits} and group {group}: 2 to 8 bits in groups of 1 or more are possible")
     for block in anatomy(model).blocks:
         for module in block.module.modules():
-            if isinstance(module, nn.Linear):
-                module.weight = nn.Parameter(quantised(module.weight, bits, group), requires_grad=False)
+            for name, weight in [(n, p) for n, p in module.named_parameters(recurse=False) if p.dim() > 1]:
+                turned = weight.T if isinstance(module, Conv1D) else weight  # rows are outputs, one after another
+                rounded = quantised(turned.flatten(0, -2), bits, group).view(turned.shape)
+                rounded = rounded.T.contiguous() if isinstance(module, Conv1D) else rounded
+                setattr(module, name, nn.Parameter(rounded, requires_grad=False))
     return model

@@ -82,12 +82,13 @@ class Scores:
         from model_hooks.files import atomic_write, refuse_existing
 
         path = Path(path)
-        refuse_existing(path, overwrite)
+        for file in (path, deltas_file(path)):
+            refuse_existing(file, overwrite)
         record = {k: v for k, v in asdict(_without_deltas(self)).items() if k != "deltas"}
         if self.deltas:
             content = save({f"{kind}.{i}": v.float().contiguous() for (kind, i), v in self.deltas.items()})
             record["deltas"] = hashlib.sha256(content).hexdigest()
-            atomic_write(_deltas_file(path), content)
+            atomic_write(deltas_file(path), content)
         atomic_write(path, json.dumps({"format": FORMAT} | record, indent=1) + "\n")
         return path
 
@@ -174,7 +175,7 @@ def score(
 
 def score_layerwise(
     source: str, sequences: Tensor, *, data: str = "", batch_size: int = 4, buffer: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    dtype: Any = None, progress: Callable[[int, int], None] | None = None,
 ) -> Scores:  # fmt: skip
     """As `score`, for a checkpoint larger than memory: one layer is resident at a time, read from `source`.
 
@@ -183,6 +184,7 @@ def score_layerwise(
     Args:
         source: checkpoint folder, zoo:NAME or hub id.
         buffer: folder for the hidden states of all samples; without it they are held in RAM.
+        dtype: torch's, of the weights; by default what the config says.
     """
     import torch
 
@@ -191,7 +193,7 @@ def score_layerwise(
     from model_hooks.similarity import ResidualSimilarity
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    stream = LayerStream(source, device=device)
+    stream = LayerStream(source, device=device, dtype=dtype)
     hidden = stream.model.get_input_embeddings().weight.shape[1]
     watcher = ResidualSimilarity(len(stream.layers), hidden, gaps=False)
     parts = watch_layerwise(stream, sequences, watcher, batch_size=batch_size, buffer=buffer, progress=progress)
@@ -287,14 +289,15 @@ def _without_deltas(scores: Scores) -> Scores:
     return replace(scores, deltas={})
 
 
-def _deltas_file(path: Path) -> Path:
+def deltas_file(path: Path) -> Path:
+    """Where the mean changes of the scores in `path` are."""
     return path.with_name(path.name.removesuffix(".json") + ".safetensors")
 
 
 def _read_deltas(path: Path, digest: str) -> dict[Unit, Tensor]:
     from safetensors.torch import load
 
-    file = _deltas_file(path)
+    file = deltas_file(path)
     content = file.read_bytes() if file.is_file() else b""
     if hashlib.sha256(content).hexdigest() != digest:
         return {}  # repair asks for them and says so; everything else works without

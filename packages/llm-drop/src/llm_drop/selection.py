@@ -79,13 +79,13 @@ def select(
 
 
 def plan_of(units: Iterable[Unit], scores: Scores, how: str, objective: Objective = "cosine") -> Plan:
-    """The plan that drops these units of the scored model."""
+    """The plan that drops these units of the scored model; of a block, the sublayers that it still has."""
     units = list(units)
     importance = scores.importance(objective)
     return Plan(
         scores.num_layers,
-        attention=tuple(i for kind, i in units if kind in ("attention", "block")),
-        mlp=tuple(i for kind, i in units if kind in ("mlp", "block")),
+        attention=tuple(i for kind, i in units if kind != "mlp" and i in scores.attention),
+        mlp=tuple(i for kind, i in units if kind != "attention" and i in scores.mlp),
         how=how,
         model=scores.model,
         fingerprint=scores.fingerprint,

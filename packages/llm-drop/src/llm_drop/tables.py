@@ -183,8 +183,8 @@ def _healed(cell: Cell, plan: Plan | None) -> Any:
         train(
             TrainConfig(
                 model=cell["model"], plan=file, output=Path(room) / "healed", method=cell["heal"],
-                data=cell["heal_data"], samples=cell["steps"] * cell["heal_batch"], length=cell["length"],
-                max_steps=cell["steps"],
+                data=cell["heal_data"], length=cell["length"], max_steps=cell["steps"],
+                samples=cell["steps"] * cell["heal_batch"] * cell.get("accumulation", 1),
                 batch_size=cell["heal_batch"], accumulation=cell.get("accumulation", 1), seed=cell["seed"],
                 learning_rate=cell.get("learning_rates", {}).get(cell["heal"], 0.0), heldout=cell["calibration"],
                 heldout_samples=4, bf16=cell.get("dtype") == "bfloat16",

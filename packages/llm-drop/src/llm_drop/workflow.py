@@ -37,18 +37,19 @@ def score_source(
 
 
 def score_source_layerwise(
-    name: str, data: str, *, samples: int, length: int, batch_size: int, buffer: Path | None = None
+    name: str, data: str, *, samples: int, length: int, batch_size: int, buffer: Path | None = None, dtype: str = "auto"
 ) -> Scores:
     """As `score_source`, with the weights of one layer in memory at a time."""
     from transformers import AutoConfig
 
-    from model_hooks.loading import load_tokenizer, resolve
+    from model_hooks.loading import dtype_named, load_tokenizer, resolve
     from paper_tables import progress
 
+    how = {"batch_size": batch_size, "buffer": buffer, "dtype": dtype_named(dtype)}
     tokenizer = load_tokenizer(name)
     sequences = sequences_for(AutoConfig.from_pretrained(resolve(name)), tokenizer, data, samples, length)
     with progress("layers scored") as bar:
-        return score_layerwise(name, sequences, data=data, batch_size=batch_size, buffer=buffer, progress=bar)
+        return score_layerwise(name, sequences, data=data, **how, progress=bar)
 
 
 def summary(scores: Scores, least: int = 8) -> dict[str, Any]:
@@ -78,6 +79,8 @@ def make_plan(
         raise RequestError("--stability is for discrete selection by cosine; leave out what else was asked for")
     if budgets:
         return _budget_plan(scores, budgets, load, objective, context), {}
+    if consecutive and iterative:
+        raise RequestError("--consecutive and --iterative exclude each other: a run of blocks is chosen at once")
     if iterative:
         return _iterative(scores, counts, load, objective), {}
     plan = select(scores, **counts, consecutive=consecutive, objective=objective)

@@ -16,12 +16,12 @@ SAMPLES = 4096
 def tensor_digest(tensor: Tensor) -> str:
     """Hash of a tensor's shape, dtype, a sum over all its bits and a sample of its values.
 
-    Weights that bfloat16 holds exactly count as bfloat16, so a checkpoint is the same one in whatever precision above
-    its own it is loaded.
+    Weights that bfloat16 or else float16 holds exactly count as that, so a checkpoint is the same one in whatever
+    precision above its own it is loaded.
     """
-    if tensor.is_floating_point() and tensor.element_size() > 2 and tensor.device.type != "meta":
-        narrow = tensor.to(torch.bfloat16)
-        tensor = narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
+    if tensor.is_floating_point() and tensor.element_size() > 1 and tensor.device.type != "meta":
+        narrow = (tensor.to(dtype) for dtype in (torch.bfloat16, torch.float16))
+        tensor = next((n for n in narrow if torch.equal(n.to(tensor.dtype), tensor)), tensor)
     digest = hashlib.blake2b(f"{tuple(tensor.shape)}{tensor.dtype}".encode(), digest_size=8)
     flat = tensor.detach().flatten()
     if flat.numel() and flat.device.type != "meta":
@@ -32,11 +32,17 @@ def tensor_digest(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
+def _structure(settings: Any) -> Any:
+    """What a config says beside where, in which precision and by which version it was loaded; so of its sub-configs."""
+    if not isinstance(settings, dict):
+        return settings
+    ignored = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures")
+    return {k: _structure(v) for k, v in settings.items() if k not in ignored}
+
+
 def combined(config: Any, digests: Mapping[str, str]) -> str:
     """Fingerprint, 16 hex digits, of a config and the `tensor_digest` of every tensor of the state dict."""
-    ignored = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures")
-    structure = {k: v for k, v in config.to_dict().items() if k not in ignored}
-    text = json.dumps([structure, sorted(digests.items())], sort_keys=True, default=str)
+    text = json.dumps([_structure(config.to_dict()), sorted(digests.items())], sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 

@@ -101,13 +101,19 @@ class LayerStream:
             return anatomy(self.model)
 
     def fingerprint(self) -> str:
-        """The model's `model_hooks.fingerprint`, one layer in memory at a time."""
+        """The model's `model_hooks.fingerprint`, one layer in memory at a time, and one module of what is no layer."""
         digests: dict[str, str] = {}
-        for module in self.lazy:
+        for module in (*self.lazy, *self._with_own_weights_on_disk()):
+            if any(name.startswith(f"{module}.") for name in digests):
+                continue
             with self.resident(module) as found:
                 digests |= {f"{module}.{name}": tensor_digest(t) for name, t in found.state_dict().items()}
         rest = {name: tensor for name, tensor in self.model.state_dict().items() if name not in digests}
         return combined(self.model.config, digests | {name: tensor_digest(tensor) for name, tensor in rest.items()})
+
+    def _with_own_weights_on_disk(self) -> list[str]:
+        """Modules that hold parameters themselves (not in their children alone) which are on the meta device."""
+        return [n for n, m in self.model.named_modules() if any(p.is_meta for p in m.parameters(recurse=False))]
 
     @contextmanager
     def _loaded_when_it_runs(self, name: str) -> Iterator[None]:

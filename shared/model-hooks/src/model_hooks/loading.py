@@ -76,13 +76,22 @@ def _auto_class(where: str, kwargs: dict[str, Any]) -> Any:
     return AutoModelForImageTextToText if only_with_images else AutoModelForCausalLM
 
 
+def dtype_named(name: str) -> Any:
+    """torch's float32, bfloat16 or float16; None for auto, as the checkpoint is stored. `RequestError` for another."""
+    if name not in ("auto", "float32", "bfloat16", "float16"):
+        raise RequestError(f"dtype {name!r} is not accepted; give auto, float32, bfloat16 or float16")
+
+    import torch
+
+    return None if name == "auto" else getattr(torch, name)
+
+
 def load_placed(source: str | Path, dtype: str = "auto", device_map: str = "") -> tuple[Any, Any]:
     """`load` as commands want it: on the first GPU where there is one, unless `device_map` ("auto") spreads the model.
 
-    dtype: float32, bfloat16, float16, or auto, as the checkpoint is stored. Raises `RequestError` for another.
+    dtype: as `dtype_named` takes it.
     """
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise RequestError(f"dtype {dtype!r} is not accepted; give auto, float32, bfloat16 or float16")
+    dtype_named(dtype)
     model, tokenizer = load(source, dtype=dtype, device_map=device_map or None)
 
     import torch

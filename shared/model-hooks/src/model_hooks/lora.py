@@ -25,13 +25,13 @@ def lora_targets(parts: Anatomy) -> tuple[list[str], list[str]]:
     for block in parts.blocks:
         router = f"{block.name}.{block.mlp.name}.{block.experts.router}" if block.mlp and block.experts else None
         for sublayer in block.sublayers:
-            prefix = f"{block.name}.{sublayer.name}"
-            for name, module in sublayer.module.named_modules(prefix=prefix):
-                if router and (name == router or name.startswith(f"{router}.")):
-                    continue
-                if isinstance(module, (nn.Linear, Conv1D)):
-                    modules.append(name)
-                banks += [f"{name}.{key}" for key, p in module.named_parameters(recurse=False) if p.dim() == 3]
+            for part in (*sublayer.pre, sublayer.name):  # OPT's block holds the first matrix of a feed-forward itself
+                for name, module in block.module.get_submodule(part).named_modules(prefix=f"{block.name}.{part}"):
+                    if router and (name == router or name.startswith(f"{router}.")):
+                        continue
+                    if isinstance(module, (nn.Linear, Conv1D)):
+                        modules.append(name)
+                    banks += [f"{name}.{key}" for key, p in module.named_parameters(recurse=False) if p.dim() == 3]
     if not modules:
         raise RequestError(
             f"{type(parts.model).__name__} has no linear layers in its attentions and feed-forwards, so LoRA has "

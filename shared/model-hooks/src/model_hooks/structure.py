@@ -190,7 +190,7 @@ def _read_block(
     m_post, delta_m = _after(mlp, t)
     parallel = m_source is a_source
     if parallel:
-        scales = _fit(module, t.y, t.x_value, delta_a + delta_m)
+        scales = _fit(module, t.y, t.x_value, delta_a, delta_m)
         scale_a = scale_m = scales
     else:
         scale_a = _fit(module, m_value, t.x_value, delta_a)
@@ -292,14 +292,18 @@ def _weighted(block: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(n for n in names if not isinstance(block.get_submodule(n), (nn.Dropout, nn.Identity)))
 
 
-def _fit(block: nn.Module, y: Tensor, x: Tensor, delta: Tensor) -> float | None:
-    """The scale with which `y = x + scale * delta` holds: 1, or a float the block owns; None if there is none."""
+def _fit(block: nn.Module, y: Tensor, x: Tensor, *deltas: Tensor) -> float | None:
+    """The scale with which `y = x + scale * (sum of deltas)` holds: 1, or a float the block owns; None if none does.
+
+    It holds where each number is right to the rounding of what was added up for it: a bound by the largest number of
+    all would let a wrong scale pass in 16 bits, as one large channel hides the rest.
+    """
     own = (v for v in vars(block).values() if isinstance(v, float))
-    x, delta = x.to(y.device), delta.to(y.device)
-    for scale in (1.0, *own):
-        expected = x.double() + scale * delta.double().reshape(x.shape)
-        bound = 16 * torch.finfo(y.dtype).eps * max(float(expected.abs().max()), float(x.abs().max()))
-        if float((y.double() - expected).abs().max()) <= bound:
+    parts = [d.to(y.device).double().reshape(x.shape) for d in deltas]
+    stream, size = x.to(y.device).double(), torch.stack([p.abs() for p in parts]).sum(0)
+    for scale in dict.fromkeys((1.0, *own)):
+        error = (y.double() - stream - scale * torch.stack(parts).sum(0)).abs()
+        if bool((error <= 4 * torch.finfo(y.dtype).eps * (stream.abs() + abs(scale) * size)).all()):
             return scale
     return None
 

@@ -280,7 +280,8 @@ class Journal:
         data = hashlib.blake2b(str(tuple(sequences.shape)).encode(), digest_size=8)
         for part in (sequences.to("cpu", torch.int64), mask):
             data.update(part.contiguous().numpy().tobytes())
-        settings = hashlib.blake2b(f"{type(watcher).__name__} {shapes} {rank}".encode(), digest_size=8)
+        how = f"{type(watcher).__name__} {shapes} {rank} {getattr(model, 'dtype', None)}"
+        settings = hashlib.blake2b(how.encode(), digest_size=8)
         self.identity = {"model": fingerprint(model), "data": data.hexdigest(), "settings": settings.hexdigest()}
         self.written = time.monotonic()
 
