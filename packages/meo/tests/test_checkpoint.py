@@ -120,6 +120,16 @@ def test_a_new_head_is_new_and_the_body_is_read(tmp_path: Path) -> None:
         load(tmp_path / "m", head="classification", tokenizer=False)
 
 
+def test_a_body_without_a_name_of_its_own_is_checked_too(tmp_path: Path) -> None:
+    dense("t5").save_pretrained(tmp_path / "m")
+    assert load(tmp_path / "m", head="seq2seq", tokenizer=False)[0].config.is_encoder_decoder
+    state = load_file(tmp_path / "m" / "model.safetensors")
+    del state["encoder.block.0.layer.1.DenseReluDense.wi.weight"]
+    save_file(state, tmp_path / "m" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RequestError, match=r"missing, first encoder.block.0.layer.1.DenseReluDense.wi.weight"):
+        load(tmp_path / "m", head="seq2seq", tokenizer=False)
+
+
 @pytest.mark.parametrize(("name", "scope"), [("gpt2", "linear"), ("llama", "ffn"), ("classifier", "model"),
                                              ("t5", "linear")])  # fmt: skip
 def test_a_baked_task_is_a_dense_model_with_the_same_logits(name: str, scope: str, tmp_path: Path) -> None:

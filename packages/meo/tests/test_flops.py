@@ -7,7 +7,7 @@ import torch
 import transformers
 from meo import convert
 from meo.flops import SIZES, count, named, sizes_of
-from mergedmodels import GPT2, GROUPED, SMALL
+from mergedmodels import GPT2, GROUPED, SMALL, T5, merged
 
 from model_hooks import RequestError
 from paper_tables.metrics import flops
@@ -26,10 +26,14 @@ def test_the_papers_figures(size: str, how: dict[str, object], giga: float) -> N
 @pytest.mark.parametrize(("model", "config", "values"), [
     ("BertForMaskedLM", "BertConfig", SMALL), ("LlamaForCausalLM", "LlamaConfig", GROUPED),
     ("GPT2LMHeadModel", "GPT2Config", GPT2), ("OPTForCausalLM", "OPTConfig", {**SMALL, "ffn_dim": 64}),
+    ("GPTNeoXForCausalLM", "GPTNeoXConfig", SMALL), ("PhiForCausalLM", "PhiConfig", SMALL),
+    ("DistilBertForMaskedLM", "DistilBertConfig", {"vocab_size": 97, "dim": 32, "hidden_dim": 64, "n_layers": 2,
+                                                   "n_heads": 4}),
 ])  # fmt: skip
 def test_torchs_counter_agrees(model: str, config: str, values: dict[str, object]) -> None:
     built = getattr(transformers, model)(getattr(transformers, config)(**values)).eval()
-    rotary = 2 * 16 * 4 if model.startswith("Llama") else 0  # positions times frequencies
+    frequencies = {"Llama": 4, "GPTNeoX": 1, "Phi": 2}.get(model.removesuffix("ForCausalLM"), 0)
+    rotary = 2 * 16 * frequencies  # positions times frequencies
     expected = count(sizes_of(built.config), batch=2, tokens=16)["total"]
     assert flops(built, torch.ones(2, 16, dtype=torch.long)) == expected + rotary
 
@@ -47,6 +51,18 @@ def test_torchs_counter_sees_the_merges() -> None:
     assert flops(model, torch.arange(2 * 16).view(2, 16)) == meo + small + surplus
     merges = 2 * 2 * (2 * 4 * 32 * 64)  # layers, linears, experts' weights: what a second row with equal gates saves
     assert flops(model, torch.ones(2, 16, dtype=torch.long)) == meo + small + surplus - merges
+
+
+def test_a_converted_models_sizes_are_its_bases() -> None:
+    assert sizes_of(merged("llama", level="chunk").config) == sizes_of(transformers.LlamaConfig(**GROUPED))
+
+
+def test_what_the_formula_does_not_count_is_refused() -> None:
+    with pytest.raises(RequestError, match="t5 is an encoder-decoder"):
+        sizes_of(transformers.T5Config(**T5))
+    shared = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "num_hidden_layers": 3}
+    with pytest.raises(RequestError, match="albert: the formula takes 3 layers"):
+        sizes_of(transformers.AlbertConfig(**shared))
 
 
 def test_unknown_names() -> None:

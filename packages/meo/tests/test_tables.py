@@ -81,6 +81,17 @@ def test_a_row_is_trained_once_and_measured(
     assert found["gflops"] > dense["gflops"]
 
 
+def test_operations_are_those_of_each_level(cell: dict[str, Any], context: Context) -> None:
+    """Chunks of 48 are three in 128 tokens; where each token has its own experts, none are merged."""
+    levels = {"sequence": {"allow_future_leak": True}, "chunk": {"chunk": 48}, "cumulative": {}}
+    cell |= {"kind": "clm", "table": "architectures", "figures": ["cost"]}
+    found = {level: run({**cell, "level": level, **more}, context)["gflops"] for level, more in levels.items()}
+    dense = run({**cell, "method": "none"}, context)["gflops"]
+    mixture = run({**cell, "method": "moe", "level": "token"}, context)["gflops"]
+    assert found["chunk"] - dense == pytest.approx(3 * (found["sequence"] - dense))
+    assert dense < found["sequence"] < found["cumulative"] == mixture
+
+
 def test_language_models_have_a_perplexity_and_a_leak(cell: dict[str, Any], context: Context) -> None:
     pytest.importorskip("accelerate", reason="needs the extra [train]")
     cell |= {"kind": "clm", "data": ["zoo:calibration"], "heldout": ["zoo:heldout"], "score": "perplexity", "chunk": 4,

@@ -30,6 +30,19 @@ def gradients(model: Any, loss: torch.Tensor) -> dict[int, torch.Tensor]:
     return {layer: router.weight.grad.clone() for layer, router in routers(model).items()}
 
 
+@pytest.mark.parametrize("level", ["sequence", "token"])
+def test_routers_decide_in_float32_under_autocast(level: str) -> None:
+    """The first layer's input is the same with and without autocast, so its probabilities are."""
+    model, x = randomise(attach(build(), layers=(0,), level=level), scale=0.5), ids(3, 6)
+    found = []
+    for on in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=on), routing_context(train=True) as seen:
+            model(input_ids=x, use_cache=False)
+        found.append(seen.probabilities[0])
+    assert found[1].dtype == torch.float32
+    assert torch.equal(*found)
+
+
 def test_the_straight_through_gradient_is_the_papers() -> None:
     """dL/dw = sum over rows of dL/dg * p (1 - p) * mean_t h, with dL/dg = <dL/dy, A(h)> by the chain rule."""
     model = randomise(routed(), scale=0.3)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from mod_router.baselines import by_lot, static
-from mod_router.tables import FIGURES, METHODS, PAPER, run
+from mod_router.tables import FIGURES, METHODS, PAPER, Row, run
+from mod_router.tune import TuneConfig, examples
 from routermodels import SMALL
 
 from model_hooks import fingerprint, load
@@ -69,6 +71,73 @@ def test_the_figures_of_the_abstract_are_there_and_no_other() -> None:
         ("main", "mindskip", "kept"): (99.8, "abstract"),
         ("main", "mindskip", "decode"): (1.21, "abstract"),
     }
+
+
+@pytest.fixture(scope="module")
+def hub(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What the tables name and a test should not fetch or make: local sources of the same kinds."""
+    room = tmp_path_factory.mktemp("hub")
+    said = [(f"add {n} to x", f"def f(x):\n    return x + {n}\n") for n in range(12)]
+    alpaca = [{"instruction": a, "input": "", "output": b, "text": f"{a}\n{b}"} for a, b in said]
+    orca = [{"conversations": [{"from": "system", "value": "be short"}, {"from": "human", "value": f"please {a}"},
+                               {"from": "gpt", "value": b}]} for a, b in said]  # fmt: skip
+    for name, rows in (("alpaca", alpaca), ("orca", orca)):
+        (room / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (room / "c4.txt").write_text("".join(b for _, b in said) * 40)
+    return {
+        "meta-llama/Meta-Llama-3-8B": str(folder), "tatsu-lab/alpaca": str(room / "alpaca.jsonl"),
+        "Open-Orca/SlimOrca": str(room / "orca.jsonl"), "allenai/c4:en:validation": str(room / "c4.txt"),
+        "zoo:train": "zoo:calibration", "zoo:pairs:train": "zoo:pairs:calibration",  # smaller, of the same kinds
+    }  # fmt: skip
+
+
+def test_a_tune_reads_what_the_cells_of_every_scale_name(
+    hub: dict[str, str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mod_router import tables
+
+    class Asked(Exception):
+        pass
+
+    def tuned(settings: dict[str, Any]) -> None:
+        raise Asked(settings)
+
+    monkeypatch.setattr(tables, "_tune", tuned)
+    cells = [u.cell for t in PAPER.tables().values() for scale in t.scales for u in t.units(scale)]
+    small = {"samples": 6, "heldout_samples": 3, "length": 128, "layers": "1-4", "model": str(folder)}
+    model, tokenizer = load(folder)
+    read: set[tuple[str, ...]] = set()
+    for cell in cells:
+        assert cell["text"] != cell["data"]
+        if cell["method"] not in ("ours", "moved", "paper"):
+            continue
+        with pytest.raises(Asked) as asked:
+            tables._trained(cell, Context(), Row(None, None, None))
+        settings = asked.value.args[0]
+        sources = {name: hub.get(settings[name], settings[name]) for name in ("data", "heldout")}
+        if (key := (*sources.values(), settings["kind"], settings["template"])) in read:
+            continue
+        read.add(key)
+        config = TuneConfig(output=tmp_path / "routers", **{**settings, **small, **sources})
+        assert [len(rows) for rows in examples(config, model, tokenizer)] == [6, 3]
+    assert len(read) >= 4
+
+
+def test_routers_are_trained_on_records_and_measured_on_others(
+    cell: dict[str, Any], hub: dict[str, str], context: Context
+) -> None:
+    units = {u.cell["row"]: u.cell for u in PAPER.tables()["main"].units("paper")}
+    named = {k: hub.get(v, v) if isinstance(v, str) else v for k, v in units["ours-0.5"].items()}
+    small = {name: cell[name] for name in ("samples", "steps", "batch", "layers", "figures")}
+    found = run({**named, **small, "length": 128, "heldout": 8, "calibration": "zoo:calibration"}, context)
+    assert found["capacity"] == pytest.approx(50, abs=15)
+    assert found["loss"]["value"] > 0
+
+
+def test_a_quarter_of_the_layers_is_one_at_every_scale() -> None:
+    layers = {scale: next(u.cell["layers"] for u in PAPER.tables()["ablation"].units(scale)
+                          if u.cell["row"] == "few-layers") for scale in ("quick", "tiny", "paper")}  # fmt: skip
+    assert layers == {"quick": "last:5", "tiny": "last:5", "paper": "last:8"}
 
 
 def test_every_method_runs_at_its_capacity_and_leaves_the_base_alone(cell: dict[str, Any], context: Context) -> None:

@@ -113,7 +113,8 @@ def _saved_class(where: str) -> Any:
 
 def _refuse(source: Any, model: Any, info: dict[str, Any], new_head: bool) -> None:
     """Raise `RequestError` for what does not fit, unless it belongs to a head that is new or was left out."""
-    stem = f"{model.base_model_prefix}."
+    prefix = model.base_model_prefix
+    stem = f"{prefix}." if hasattr(model, prefix) else ""  # T5's body lies beside its head, under no name of its own
     for key, meaning in (
         ("missing_keys", "missing"),
         ("unexpected_keys", "left over"),

@@ -200,8 +200,7 @@ def collate(
 
     At kind mlm 15 % of the tokens are to be found: 80 % of these are masked, 10 % are others, 10 % as they were.
     """
-    pad = tokenizer.pad_token_id or 0
-    batch = {"input_ids": padded([r["input_ids"] for r in rows], pad)}
+    batch = {"input_ids": padded([r["input_ids"] for r in rows], pad_id(tokenizer))}
     batch["attention_mask"] = padded([[1] * len(r["input_ids"]) for r in rows], 0)
     if "token_type_ids" in rows[0]:
         batch["token_type_ids"] = padded([r["token_type_ids"] for r in rows], 0)
@@ -229,6 +228,12 @@ def masked(ids: Tensor, tokenizer: Any, generator: torch.Generator | None = None
     changed = torch.where(chosen & (kind < 0.8), tokenizer.mask_token_id, ids)
     changed = torch.where(chosen & (kind >= 0.9), others, changed)
     return changed, torch.where(chosen, ids, IGNORED)
+
+
+def pad_id(tokenizer: Any) -> int:
+    """What short rows are filled with: the padding token, or else the end of a text, or else 0."""
+    offered = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(token for token in offered if token is not None)
 
 
 def padded(rows: Sequence[Sequence[int]], value: int, left: bool = False) -> Tensor:

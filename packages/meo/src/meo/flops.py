@@ -49,21 +49,40 @@ def named(name: str) -> Sizes:
 
 
 def sizes_of(config: Any, head: bool = True) -> Sizes:
-    """The sizes that a transformers config (of an encoder or a decoder) says."""
+    """The sizes that a transformers config (of an encoder or a decoder) says.
+
+    Raises `RequestError` for an encoder-decoder, and for what else the formula does not count.
+    """
+    kind = config.model_type.removeprefix("meo_")
+    if config.is_encoder_decoder:
+        raise RequestError(f"{kind} is an encoder-decoder; the formula counts one stack: give an encoder or a decoder")
     hidden = config.hidden_size
     heads = config.num_attention_heads
     width = (getattr(config, "head_dim", None) or hidden // heads) * heads
     if width != hidden:
         raise RequestError(f"attention is {width} wide and the model {hidden}; the formula takes them as equal")
     kv = width // heads * (getattr(config, "num_key_value_heads", None) or heads)
-    inner = next(
-        (v for n in ("intermediate_size", "ffn_dim", "n_inner", "encoder_ffn_dim") if (v := getattr(config, n, None))),
-        4 * hidden,
-    )
-    kind = config.model_type.removeprefix("meo_")
-    gated = kind not in ("bert", "roberta", "deberta-v2", "gpt2", "opt", "bart")
-    return Sizes(config.num_hidden_layers, hidden, inner, config.vocab_size if head else 0,
-                 kind in ("bert", "roberta", "deberta-v2"), 3 if gated else 2, kv)  # fmt: skip
+    layers = config.num_hidden_layers
+    inner, linears = _feed_forward(config, kind, layers, hidden)
+    transform = kind in ("bert", "roberta", "deberta-v2", "distilbert")
+    return Sizes(layers, hidden, inner, config.vocab_size if head else 0, transform, linears, kv)
+
+
+def _feed_forward(config: Any, kind: str, layers: int, hidden: int) -> tuple[int, int]:
+    """Width of a feed-forward and how many linears it has: of the stock model that the config describes, on meta."""
+    import torch
+    from transformers import CONFIG_MAPPING, MODEL_MAPPING
+
+    from meo.config import MeoConfig
+    from meo.converting import would_convert
+
+    with torch.device("meta"):
+        found = would_convert(MODEL_MAPPING[CONFIG_MAPPING[kind]](config), MeoConfig())
+    inner = max(found[0]["in"], found[0]["out"])
+    linears, rest = divmod(sum(row["in"] * row["out"] for row in found), layers * hidden * inner)
+    if rest:
+        raise RequestError(f"{kind}: the formula takes {layers} layers with feed-forwards of one size; these are not")
+    return inner, linears
 
 
 def count(

@@ -6,7 +6,7 @@ import math
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from paper_tables.progress import progress
 
-from .data import IGNORED, Row, collate, padded
+from .data import IGNORED, Row, collate, pad_id, padded
 
 Figure = dict[str, float]
 
@@ -41,7 +41,7 @@ def evaluate(
     predicted: list[Any] = []
     scores = kind == "classification" and model.config.num_labels == 1
     with progress("rows scored") as bar:
-        for batch in _batches(model, tokenizer, rows, kind, batch_size):
+        for batch in batches(model, tokenizer, rows, kind, batch_size):
             logits = _logits(model, batch)
             labels = batch["labels"]
             if scores:
@@ -72,7 +72,8 @@ def mean(values: Sequence[float], scale: float = 1.0) -> Figure:
     return {"value": scale * value, "se": scale * math.sqrt(spread / len(values))}
 
 
-def _batches(model: Any, tokenizer: Any, rows: Sequence[Row], kind: str, size: int) -> Any:
+def batches(model: Any, tokenizer: Any, rows: Sequence[Row], kind: str, size: int) -> Iterator[dict[str, Tensor]]:
+    """Rows as `collate` joins them, `size` at a time, where the model is."""
     generator = torch.Generator().manual_seed(0)  # the same tokens are masked for every model
     for start in range(0, len(rows), size):
         batch = collate(rows[start : start + size], kind, tokenizer, generator)
@@ -151,7 +152,7 @@ def generated(model: Any, tokenizer: Any, rows: Sequence[Row], batch_size: int, 
     from .context import with_options
 
     decoder_only = not model.config.is_encoder_decoder
-    pad = tokenizer.pad_token_id or 0
+    pad = pad_id(tokenizer)
     texts: list[str] = []
     with progress("answers generated") as bar:
         for start in range(0, len(rows), batch_size):

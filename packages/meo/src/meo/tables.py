@@ -14,6 +14,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +61,13 @@ def _trained(cell: Cell, context: Context, place: int) -> dict[str, Any]:
 def _train(settings: dict[str, Any]) -> dict[str, Any]:
     """Train through files, as a user would."""
     from meo.train import TrainConfig, train
-    from meo.workflow import load_for
+    from meo.workflow import load_for, placed
 
     with tempfile.TemporaryDirectory() as room:
         output = Path(room) / "trained"
         result = train(TrainConfig(output=output, **settings))
         figures = {row["figure"]: {"value": row["after"], "se": row["se"] or 0.0} for row in result["figures"]}
-        leak = leak_of(load_for(str(output), settings["kind"], None)[0]) if settings["kind"] == "clm" else None
+        leak = leak_of(placed(load_for(str(output), settings["kind"], None)[0])) if settings["kind"] == "clm" else None
     return {"figures": figures, "leak": leak, "parameters": result["parameters"], "seconds": result["seconds"]}
 
 
@@ -87,21 +88,23 @@ def _score(cell: Cell, context: Context) -> dict[str, Any]:
 def _cost(cell: Cell, context: Context) -> dict[str, Any]:
     """GFLOPs of a forward pass over 128 tokens by formula, of this model and of the paper's base size."""
     from meo.flops import SIZES, count, sizes_of
+    from meo.options import Conversion
 
-    how = {"method": {"none": "dense"}.get(cell["method"], cell["method"]), "k": cell.get("k", 1)}
-    groups = 1 if cell.get("level") == "task" else None
+    how: dict[str, Any] = {"tokens": 128}
+    meo = Conversion(**_conversion(cell)).meo
+    if meo is not None:
+        mixed = meo.level == "cumulative"  # each token has experts of its own, so their outputs are mixed
+        merges = {"task": 1, "chunk": ceil(128 / meo.chunk)}.get(meo.level)
+        how |= {"method": "moe" if mixed else meo.method, "k": meo.k, "groups": merges}
     own = sizes_of(_base(cell, context).config, head=cell["kind"] in ("clm", "mlm"))
-    return {
-        "gflops": count(own, groups=groups, **how)["total"] / 1e9,
-        "base": count(SIZES["base"], groups=groups, **how)["total"] / 1e9,
-    }
+    return {"gflops": count(own, **how)["total"] / 1e9, "base": count(SIZES["base"], **how)["total"] / 1e9}
 
 
 def _base(cell: Cell, context: Context) -> Any:
-    from meo.workflow import load_for
+    from meo.workflow import load_for, placed
 
     def load() -> Any:
-        return load_for(cell["model"], cell["kind"], None, tokenizer="")[0]
+        return placed(load_for(cell["model"], cell["kind"], None, tokenizer="")[0])
 
     return context.latest("base", (cell["model"], cell["kind"]), load)
 

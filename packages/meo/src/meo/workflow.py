@@ -33,6 +33,7 @@ def load_for(
     from meo.checkpoint import load
     from meo.classes import is_merged
     from meo.converting import convert
+    from meo.data import pad_id
     from model_hooks.loading import resolve
 
     more: dict[str, Any] = {}
@@ -41,8 +42,8 @@ def load_for(
         more = {"num_labels": len(labels), "id2label": names, "label2id": {v: k for k, v in names.items()}}
     model, own = load(source, head=_head(source, kind), dtype=dtype, tokenizer=tokenizer is None, **more)
     found = AutoTokenizer.from_pretrained(resolve(tokenizer)) if tokenizer else own
-    if found is not None and model.config.pad_token_id is None:
-        model.config.pad_token_id = found.pad_token_id if found.pad_token_id is not None else found.eos_token_id
+    if found is not None:  # by which a decoder finds a row's last token: what rows are filled with
+        model.config.pad_token_id = pad_id(found)
     if meo is not None and not is_merged(model):
         convert(model, meo, found)
     elif meo is not None and MeoConfig.from_dict(model.config.meo["config"]) != meo and meo != MeoConfig():
@@ -60,14 +61,24 @@ def _head(source: str, kind: str) -> str:
     return "seq2seq" if AutoConfig.from_pretrained(resolve(source)).is_encoder_decoder else "clm"
 
 
+def placed(model: Any) -> Any:
+    """`model`, moved to the first GPU where there is one."""
+    import torch
+
+    return model.to("cuda") if torch.cuda.is_available() else model
+
+
 def scored(model: Any, tokenizer: Any, rows: Rows, config: Any) -> dict[str, dict[str, float]]:
-    """Figures of `model` on rows, by the kind, batch size and generation settings of `config`."""
+    """Figures of `model` on rows, by the kind, batch size and generation settings of `config`; it is measured on a GPU
+    where there is one, and is on the CPU afterwards."""
     from meo.scoring import evaluate
 
-    return evaluate(
-        model, tokenizer, rows, config.kind, batch_size=config.batch_size,
+    found = evaluate(
+        placed(model), tokenizer, rows, config.kind, batch_size=config.batch_size,
         **{name: getattr(config, name) for name in GENERATION},
     )  # fmt: skip
+    model.to("cpu")
+    return found
 
 
 def write_model(
@@ -145,6 +156,7 @@ def evaluate(
     from meo.scoring import evaluate as score
 
     model, tokenizer = load_for(source, kind, None)
+    placed(model)
     labels: list[str] = []
     if kind == "classification":
         labels = [str(name) for name in model.config.id2label.values()]
@@ -186,7 +198,7 @@ def evaluate_tasks(
         raise RequestError(f"{source}: gates of level {level} would see the answers that are to be scored")
     with with_options(task=task or None):
         found = quality.accuracies(
-            model, tokenizer, names, folder=folder, limit=limit, shots=shots, batch_size=batch_size,
+            placed(model), tokenizer, names, folder=folder, limit=limit, shots=shots, batch_size=batch_size,
             wrapper=prompted_lm() if level == "prefix" else None,
         )  # fmt: skip
     return {"figures": [{"figure": name, **figure} for name, figure in found.items()]}
@@ -257,12 +269,10 @@ def gate_report(model: Any, tokenizer: Any, rows: Rows, kind: str, batch_size: i
     import torch
 
     from meo.context import gating
-    from meo.data import collate
+    from meo.scoring import batches
 
     gates: dict[str, list[Any]] = {}
-    for start in range(0, len(rows), batch_size):
-        batch = collate(rows[start : start + batch_size], kind, tokenizer)
-        batch.pop("labels", None)
+    for batch in batches(model, tokenizer, rows, kind, batch_size):  # with labels: they tell where a prompt ends
         with torch.no_grad(), gating(record=True) as seen:
             model(**batch)
         for name, found in seen.gates.items():

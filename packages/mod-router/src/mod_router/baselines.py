@@ -15,6 +15,7 @@ from .config import Unit
 from .context import routing_context
 from .data import Example, collate
 from .gate import runtime_of
+from .measuring import device_of
 from .objective import Multiplier, token_losses
 
 Decisions = Callable[[int, int], Mapping[int, Tensor]]
@@ -79,7 +80,7 @@ def train_everything(
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
     for step in range(steps):
         rows = [examples[order[(step * batch_size + i) % len(order)]] for i in range(batch_size)]
-        batch = collate(rows)
+        batch = {k: v.to(device_of(model)) for k, v in collate(rows).items()}
         pool, labels = batch.pop("pool_mask"), batch.pop("labels")
         with routing_context(pool_mask=pool, train=True) as seen:
             logits = model(**batch, use_cache=False).logits

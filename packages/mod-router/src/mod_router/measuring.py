@@ -80,7 +80,7 @@ def measure(
     with eval_mode(target):
         for start in range(0, len(examples), batch_size):
             rows = examples[start : start + batch_size]
-            batch = {k: v.to(_device(target)) for k, v in collate(rows).items()}
+            batch = {k: v.to(device_of(target)) for k, v in collate(rows).items()}
             pool, labels = batch.pop("pool_mask"), batch.pop("labels")
             with routing_context(pool_mask=pool, forced=forced(start, len(rows)) if forced else None) as seen:
                 logits = call(**batch, use_cache=False).logits
@@ -109,7 +109,7 @@ def capacity(model: Any, examples: Sequence[Example], *, batch_size: int = 16, r
             rows = examples[start : start + batch_size]
             if runtime.config.level == "sequence" and runtime.config.pool != "masked_mean":
                 rows = [Example(row.ids[: row.prompt], row.prompt) for row in rows]  # what follows decides nothing
-            batch = {k: v.to(_device(target)) for k, v in collate(rows).items()}
+            batch = {k: v.to(device_of(target)) for k, v in collate(rows).items()}
             batch.pop("labels")
             with routing_context(pool_mask=batch.pop("pool_mask")) as seen:
                 call(**batch, use_cache=False)
@@ -167,5 +167,6 @@ def sweep(
     return rows
 
 
-def _device(model: Any) -> Any:
+def device_of(model: Any) -> Any:
+    """Where a model takes its input."""
     return model.get_input_embeddings().weight.device

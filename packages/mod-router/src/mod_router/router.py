@@ -37,12 +37,13 @@ class Router(nn.Module):
 
         With pool="token" [B, T], each token its own.
         """
-        h = hidden_states.float()
-        if self.rms:
-            h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6)
-        if pool != "token":
-            h = pooled(h, mask, pool)
-        return F.linear(h, self.weight.float()).squeeze(-1)
+        with torch.autocast(hidden_states.device.type, enabled=False):  # under it a linear map is not in float32
+            h = hidden_states.float()
+            if self.rms:
+                h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6)
+            if pool != "token":
+                h = pooled(h, mask, pool)
+            return F.linear(h, self.weight.float()).squeeze(-1)
 
 
 def pooled(h: Tensor, mask: Tensor | None, pool: str) -> Tensor:

@@ -144,13 +144,15 @@ def _trained(cell: Cell, context: Context, row: Row) -> None:
 
     target = cell.get("trained_at", cell["capacity"]) if cell["method"] == "moved" else cell["capacity"]
     recipe = "paper" if cell["method"] == "paper" else "ours"
+    kind = cell.get("kind", "auto")  # one for both of the tune's sources, so records are measured on records
+    heldout = cell["text"] if kind == "records" else cell["calibration"]
     settings = {
         "model": cell["model"], "recipe": recipe, "layers": cell.get("layers", "last"),
         "unit": cell.get("unit", "attention"), "level": cell.get("level", "sequence"), "pool": cell.get("pool", ""),
         "target_capacity": target, "cheap_train": cell.get("cheap_train", False), "distill": cell.get("distill", -1.0),
-        "penalty": cell.get("penalty", 0.0), "calibrate": False, "data": cell["data"], "kind": cell.get("kind", "auto"),
+        "penalty": cell.get("penalty", 0.0), "calibrate": False, "data": cell["data"], "kind": kind,
         "template": cell.get("template", "none"), "samples": cell["samples"], "length": cell["length"],
-        "heldout": cell["calibration"], "heldout_samples": 8, "max_steps": cell["steps"], "batch_size": cell["batch"],
+        "heldout": heldout, "heldout_samples": 8, "max_steps": cell["steps"], "batch_size": cell["batch"],
         "learning_rate": cell.get("rates", {}).get(recipe, 0.0), "seed": cell["seed"],
         "bf16": cell.get("dtype") == "bfloat16",
     }  # fmt: skip
