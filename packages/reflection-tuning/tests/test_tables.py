@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from llm_server import Server
 from reflection_tuning import tables
 from reflection_tuning.generated import CLEAN, DAMAGE, damaged, inventories, right
 from reflection_tuning.parsing import INSTRUCTION, RESPONSE, parse
@@ -22,6 +23,7 @@ from model_hooks import RequestError, load
 from paper_tables import Context
 from paper_tables.errors import TableError
 from paper_tables.launch import deepspeed_file
+from paper_tables.training import config_of
 
 CELL: dict[str, Any] = {
     "data": "generated", "records": 12, "teacher_records": 9, "heldout": 5, "damage": 0.5, "seed": 0, "row": "r",
@@ -145,6 +147,27 @@ def test_training_settings(tmp_path: Path) -> None:
         assert deepspeed_file(module.__file__, name)
     with pytest.raises(RequestError, match="beta is 0"):
         TrainConfig(model="zoo:gpt2", data="x", output=tmp_path / "o", beta=0.0)
+
+
+def test_a_student_that_is_missing_costs_no_reply_again(
+    room: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(room / "cache"))
+    cell = {**CELL, "data": "own.jsonl", "backend": "endpoint", "base_url": server.url, "teacher": "own/teacher",
+            "package": "reflection-tuning", "student": "missing"}  # fmt: skip
+    counts = []
+    for _ in range(2):
+        with pytest.raises(RequestError, match="missing"):
+            tables.reflect_and_score(cell, some_records(4))
+        counts.append(len(server.calls))
+    assert counts == [13, 13]  # three reflections on each record, and the probe
+
+
+def test_the_papers_student_computes_its_activations_again(tmp_path: Path) -> None:
+    for scale, wanted in (("tiny", False), ("paper", True)):
+        cell = PAPER.tables()["main"].units(scale)[0].cell
+        config = config_of(cell, TrainConfig, "m", tmp_path / "data", tmp_path / "out")
+        assert config.gradient_checkpointing is wanted
 
 
 @pytest.mark.slow

@@ -154,6 +154,29 @@ def test_a_student_is_measured_after_its_training(cell: dict[str, Any], context:
     assert found["loss"]["se"] > 0
 
 
+def test_a_student_is_trained_as_its_row_says(
+    cell: dict[str, Any], context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Trained(Exception):
+        pass
+
+    def training(config: Any) -> None:
+        raise Trained(config)
+
+    monkeypatch.setattr("superfiltering.train.train", training)
+    paper = PAPER.tables()["students"].units("paper")[0].cell
+    for own, again in ((cell, False), ({**cell, "batch": 99, **{k: paper[k] for k in PASSED}}, True)):
+        with pytest.raises(Trained) as found:
+            run({**own, "figures": ["student"]}, context)
+        (config,) = found.value.args
+        assert config.gradient_checkpointing is again
+        assert (config.max_length, config.accumulation) == (own["student_length"], own.get("accumulation", 1))
+        assert (config.batch_size, config.template, config.log_every) == (min(own["batch"], 60), "alpaca", 1)
+
+
+PASSED = ("accumulation", "gradient_checkpointing", "student_length")
+
+
 def test_unknown_words_name_the_nearest(cell: dict[str, Any], context: Context) -> None:
     with pytest.raises(TableError, match="did you mean 'student'"):
         run({**cell, "figures": ["students"]}, context)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from llm_server import Answer, Server
+from llm_server import Answer, Server, refusal
 
 from instruct_data import Journal
 from instruct_data.llm import Client, Endpoint, Request, ServiceFailed, Stopped, stream
@@ -26,7 +26,7 @@ class BatchServer(Server):
     def __init__(self, outcome=lambda text, times: "ok", status=lambda number: "completed"):
         super().__init__(self.serve)
         self.outcome, self.status, self.files, self.batches, self.sizes = outcome, status, {}, [], []
-        self.seen = {}
+        self.seen, self.gone = {}, set()
 
     def serve(self, call):
         path = call.path.removeprefix("/v1")
@@ -38,7 +38,8 @@ class BatchServer(Server):
             self.run(self.files[call.json["input_file_id"]])
             return self.said(self.batches[-1])
         if path.startswith("/batches/"):
-            return self.said(self.batches[int(path.rpartition("-")[2])])
+            number = int(path.rpartition("-")[2])
+            return refusal(404) if number in self.gone else self.said(self.batches[number])
         return Answer(self.files[path.split("/")[2]].encode())
 
     def run(self, content):
@@ -113,6 +114,17 @@ def test_batches_have_a_most_and_a_failed_one_stops(tmp_path):
         batched(server, tmp_path / "many", ["a"], most=50_001)
 
 
+def test_a_batch_that_failed_or_is_gone_does_not_stop_the_next_run(tmp_path):
+    with BatchServer(status=lambda number: "failed" if number == 0 else "completed") as server:
+        with pytest.raises(ServiceFailed, match="batch-0 failed"):
+            batched(server, tmp_path, ["a"])
+        assert batched(server, tmp_path, ["b"])[0][0].text == "b!"
+        server.gone = {0, 1}
+        replies, _ = batched(server, tmp_path, ["a", "b", "c"])
+        assert [r.text for r in replies] == ["a!", "b!", "c!"]
+        assert server.sizes == [1, 1, 2]
+
+
 def test_a_killed_run_takes_the_answers_of_its_open_batch(tmp_path):
     with BatchServer(status=lambda number: "in_progress") as server:
 
@@ -158,6 +170,24 @@ def test_a_model_in_this_process_answers_as_it_generates(small, tmp_path):
         assert reply.text == tokenizer.decode(out, skip_special_tokens=True)
         assert reply.usage.prompt == ids["input_ids"].shape[1]
         assert reply.finish_reason == ("length" if len(out) == 6 else "stop")
+
+
+def test_a_prompt_that_is_too_long_fails_alone_and_an_answer_ends_with_the_context(small, tmp_path):
+    model, tokenizer = small
+    lengths = {text: len(tokenizer(f"{text}\n")["input_ids"]) for text in ("x", "x y", "x y z " * 5)}
+    short, longer, longest = lengths
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.config, "max_position_embeddings", lengths[longest])
+        asked = [request(text, max_tokens=4) for text in (longest, short, longer)]
+        failed, *good = local(small, tmp_path / "a", *asked)
+        most = lengths[longest] - lengths[short]
+        cut, whole = local(small, tmp_path / "b", request(short, max_tokens=most + 9), request(longer, max_tokens=4))
+    assert failed.text is None
+    assert failed.error == f"prompt of {lengths[longest]} tokens, the model takes {lengths[longest]} with the answer"
+    assert [reply.usage.prompt for reply in good] == [lengths[short], lengths[longer]]
+    assert cut.usage.completion <= most
+    assert cut.truncated == (cut.usage.completion == most)
+    assert whole.text == good[1].text
 
 
 def test_samples_are_drawn_by_their_request(small, tmp_path):

@@ -58,7 +58,7 @@ def test_a_reply_with_what_is_known_of_it(ask):
     [
         refusal(500), refusal(503), refusal(429), refusal(408), refusal(409), Answer(b"", cut=True),
         Answer(b"<html>busy</html>", 200, {"content-type": "text/html"}), Answer(b"{broken"), Answer(b"{}"),
-        Answer(b'{"choices": []}'), Answer(b'{"choices": [{"message": {"content": null}}]}'),
+        Answer(b'{"choices": []}'), Answer(b'{"choices": [{"message": null}]}'),
         Answer(b"{}", seconds=0.5),
     ],
 )  # fmt: skip
@@ -68,6 +68,22 @@ def test_three_times_bad_then_good_is_one_reply_of_four_attempts(ask, bad):
     assert (reply.text, reply.attempts, len(server.calls)) == ("good", 4, 4)
     assert ask.client.ledger.sent == 4
     assert ask.client.ledger.total.usage.total == 15
+
+
+@pytest.mark.parametrize(
+    ("message", "finish", "text"),
+    [({"content": None}, "length", ""), ({"content": None, "refusal": "I will not."}, "stop", "I will not."),
+     ({"content": ""}, "stop", "")],
+)  # fmt: skip
+def test_a_reply_without_text_is_bought_once_and_accounted_for(ask, message, finish, text):
+    body = {"choices": [{"message": message, "finish_reason": finish}],
+            "usage": {"prompt_tokens": 10, "completion_tokens": 64}}  # fmt: skip
+    with Server(script(Answer(json.dumps(body).encode()))) as server:
+        (reply,) = ask(server, request())
+        assert (reply.text, reply.truncated, reply.usage.total) == (text, finish == "length", 74)
+        assert ask.client.ledger.total.usage.total == 74
+        assert ask(server, request())[0].text == text
+        assert len(server.calls) == 1
 
 
 def test_what_stays_bad_fails_and_is_asked_again_by_the_next_run(ask):

@@ -109,11 +109,25 @@ def test_bodies_of_one_shape_have_the_same_keys(body):
     assert shape_of([body, body]) == shape_of([body])
 
 
+class Words:
+    """A tokenizer whose tokens are words."""
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+        return "\n".join(message["content"] for message in messages)
+
+    def __call__(self, text, add_special_tokens):
+        return {"input_ids": text.split()}
+
+
 class Llm:
     """The part of `vllm.LLM` that is used."""
 
     def __init__(self, model, **options):
         self.model, self.options = model, options
+        self.llm_engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=100))
+
+    def get_tokenizer(self):
+        return Words()
 
     def chat(self, messages, sampling_params=None, use_tqdm=True):
         assert len(messages) == len(sampling_params)
@@ -140,13 +154,29 @@ def test_vllm_is_asked_with_what_a_request_says(vllm, tmp_path):
         backend = service.make("some/model", journal)
     assert isinstance(backend, VllmModel)
     replies, client = asked(backend, tmp_path / "j", wanted)
-    assert replies[0].text == replies[2].text == "a [('max_tokens', 512), ('temperature', 0.0)]"
+    assert replies[0].text == replies[2].text == "a [('max_tokens', 99), ('temperature', 0.0)]"  # the context's rest
     assert "('structured_outputs', \"schema ['properties', 'type']\")" in replies[1].text
     assert f"('seed', {wanted[1].seed})" in replies[1].text
     assert client.ledger.sent == 2
     assert (client.ledger.total.usage.total, client.ledger.total.usage.cached) == (10, 2)
     with pytest.raises(RequestError, match="cannot take logit_bias"):
         asked(VllmModel("some/model"), tmp_path / "j", [request("c", logit_bias=1)])
+
+
+def test_a_prompt_that_vllm_cannot_take_fails_alone(vllm, tmp_path):
+    wanted = [request("a"), request("word " * 100), request("word " * 99)]
+    first, second, third = asked(VllmModel("some/model"), tmp_path / "j", wanted)[0]
+    assert first.text.startswith("a [('max_tokens', 99)")
+    assert (second.text, second.error) == (None, "prompt of 100 tokens, the model takes 100 with the answer")
+    assert "('max_tokens', 1)" in third.text
+    assert asked(VllmModel("some/model"), tmp_path / "k", wanted[1:2])[0][0].text is None
+
+
+def test_servers_get_a_part_of_the_requests_at_a_time_and_engines_all():
+    requests = [request(str(n)) for n in range(70)]
+    servers, engines = (SimpleNamespace(urls=urls, workers=2, batch=1) for urls in (("http://a/v1",), ()))
+    assert list(map(len, RayData.groups(servers, requests))) == [32, 32, 6]
+    assert list(map(len, RayData.groups(engines, requests))) == [70]
 
 
 def test_vllm_without_a_gpu_is_one_clear_line(vllm, monkeypatch):

@@ -31,6 +31,10 @@ FORM = Form(SCHEMA, (("Reasoning", "reasoning"), ("Revised response", "revised_r
         ("**reasoning:** x\n\n**Revised Response:**\n1. a\n2. b", "1. a\n2. b"),
         ("Reasoning: so\r\nREVISED RESPONSE: ok\r\n", "ok"),
         ("Reasoning: x\nRevised response: first\nRevised response: again", "first\nRevised response: again"),
+        ("Reasoning: code\nRevised response:\nd = {}\nd[1] = 2", "d = {}\nd[1] = 2"),
+        ("Reasoning: `{}` stays\nRevised response: int main(){}", "int main(){}"),
+        ("Reasoning: x\nRevised response: $\\frac{}{2}$", "$\\frac{}{2}$"),
+        ('Reasoning: x\nRevised response: {"suitable": 1}', '{"suitable": 1}'),
     ],
 )
 def test_what_is_found(text, found):

@@ -18,14 +18,15 @@ SAMPLING = {"temperature": 0, "top_p": 1, "max_tokens": 50}  # the published one
 
 
 class Classifier(Protocol):
-    """`await classifier(question)`: the task's name, and its probability where one is defined.
+    """`await classifier(question)`: the task's name, and its probability where one is defined; None for a name where
+    the request failed.
 
     fallbacks: how often the answer named no task, so that the default was taken.
     """
 
     fallbacks: int
 
-    async def __call__(self, question: str) -> tuple[str, float | None]: ...
+    async def __call__(self, question: str) -> tuple[str | None, float | None]: ...
 
 
 @dataclass
@@ -53,11 +54,13 @@ class Asked:
     structured: Callable[[], Awaitable[bool]]
     fallbacks: int = 0
 
-    async def __call__(self, question: str) -> tuple[str, float | None]:
+    async def __call__(self, question: str) -> tuple[str | None, float | None]:
         schema = task_schema(self.taxonomy) if await self.structured() else None
         messages = classifying(question, self.taxonomy)
         reply = await self.client.ask(Request("classify", self.model, messages, SAMPLING, schema, VERSION))
-        name = self.taxonomy.find(_named(reply.text or "", schema))
+        if reply.text is None:
+            return None, None
+        name = self.taxonomy.find(_named(reply.text, schema))
         if name is None:
             self.fallbacks += 1
         return name or self.taxonomy.default, None

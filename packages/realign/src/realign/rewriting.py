@@ -81,14 +81,15 @@ class Recipe:
 class Outcome:
     """What became of a record.
 
-    status: rewrite or original. text: the new answer, None for an original. reason: why an original stays, "" for a
-    rewrite: not_rewritten (its task never is), unsuitable (the model says that the format does not suit), unchanged,
-    failed, truncated, parse_failed, rejected (reject_reason is what the filters said), conversation or empty. turns:
-    where all turns are rewritten, the outcome of each answer of a conversation (see `realign.turns`).
+    status: rewrite or original. category: None where the request for it failed. text: the new answer, None for an
+    original. reason: why an original stays, "" for a rewrite: not_rewritten (its task never is), unsuitable (the model
+    says that the format does not suit), unchanged, failed, truncated, parse_failed, rejected (reject_reason is what the
+    filters said), conversation or empty. turns: where all turns are rewritten, the outcome of each answer of a
+    conversation (see `realign.turns`).
     """
 
     status: str
-    category: str
+    category: str | None
     category_score: float | None = None
     text: str | None = None
     reason: str = ""
@@ -132,6 +133,8 @@ class Rewriter:
         category, score = given_category(record.data, self.taxonomy), None
         if category is None or example is not record.examples[-1]:
             category, score = await self.classifier(question)
+        if category is None:
+            return Outcome("original", None, reason="failed")
         task = self.taxonomy[category]
         if not task.rewrite:
             return Outcome("original", category, score, reason="not_rewritten")

@@ -7,8 +7,10 @@ Every parameter:
     answers                     what the student learns from: original, half, realigned, or worked (generated ones only)
     teacher                     the model that rewrites; for generated problems a checkpoint, which is first fine-tuned
                                 on teacher_problems others for teacher_epochs
-    backend                     local (in this process), server (`transformers serve`) or endpoint (base_url)
-    student, epochs, batch, accumulation, learning_rate, length, dtype        the student, and its training
+    backend                     local (in this process), server (`transformers serve`) or endpoint (base_url), whose
+                                replies are kept in the user's cache
+    student, epochs, batch, accumulation, learning_rate, length, dtype, gradient_checkpointing
+                                the student, and its training
 """
 
 from __future__ import annotations
@@ -97,6 +99,7 @@ def read_problems(cell: Cell, split: str) -> list[dict[str, Any]]:
 
 def realigned(cell: Cell, context: Context, rows: list[dict[str, Any]], others: list[dict[str, Any]]) -> Any:
     """The records as `realign run` rewrites them with the row's teacher."""
+    from instruct_data.llm.serve import journal_of
     from instruct_data.llm.service import Service
     from instruct_data.records import read
 
@@ -112,7 +115,8 @@ def realigned(cell: Cell, context: Context, rows: list[dict[str, Any]], others: 
             model, temperature=0.0 if small else 0.3, max_tokens=cell.get("answer_tokens", 80 if small else 2048),
             candidates=1 if small else 2, filters=PRESETS["gsm8k"],
         )  # fmt: skip
-        output, service = Path(name) / "realigned.jsonl", Service(Path(name) / "journal", "realign", **options)
+        output = Path(name) / "realigned.jsonl"
+        service = Service(journal_of(cell, Path(name)), "realign", **options)
         rewrite_records(read(rows, "alpaca", name="problems"), output, recipe, service, taxonomy)
         return [record.data for record in read(str(output), "alpaca")]
 
@@ -178,5 +182,9 @@ def student(cell: Cell, rows: list[dict[str, Any]], heldout: list[dict[str, Any]
 
 
 PAPER = Paper(
-    "realign", tables_folder(__file__), run, title="Reformatted Alignment", code=("instruct_data", "model_hooks")
+    "realign",
+    tables_folder(__file__),
+    run,
+    title="Reformatted Alignment",
+    code=("instruct_data", "model_hooks", "lean_kernels"),
 )

@@ -35,7 +35,7 @@ from .taxonomy import Taxonomy
 from .turns import Answer, answers_of, apply, put_back, types
 
 
-def classifier_of(name: str, taxonomy: Taxonomy) -> Classifier | None:
+def classifier_of(name: str, taxonomy: Taxonomy) -> Local | Likeliest | None:
     """local (the shipped one), a file that `classify-train` wrote, or causal:MODEL; None: the model is asked."""
     if name == "model":
         return None
@@ -50,7 +50,7 @@ def asked(client: Client, model: str, taxonomy: Taxonomy, service: Service) -> C
     return Asked(client, model, taxonomy, service.forms(client, probe(model), REVISION))
 
 
-def _local(name: str, taxonomy: Taxonomy) -> Classifier:
+def _local(name: str, taxonomy: Taxonomy) -> Local | Likeliest:
     found = classifier_of(name, taxonomy)
     if found is None:
         raise RequestError(
@@ -190,15 +190,15 @@ def dry_run(
 def classify_records(
     records: Records, output: Path, taxonomy: Taxonomy, service: Service, classifier: str, model: str, overwrite: bool
 ) -> dict[str, Any]:
-    """Add `realign_category` and, where it is defined, `realign_category_score`."""
+    """Add `realign_category`, null where the request failed, and, where it is defined, `realign_category_score`."""
     counts: Counter[str] = Counter()
     local = classifier_of(classifier, taxonomy)
     with service.client(model, service.ledger()) as client:
-        found = local or asked(client, model, taxonomy, service)
+        found: Classifier = local or asked(client, model, taxonomy, service)
 
         async def one(record: Record) -> dict[str, Any]:
             name, score = await found(question_of(record.examples[-1]))
-            counts[name] += 1
+            counts[name or "(failed)"] += 1
             return {**record.data, "realign_category": name, "realign_category_score": score}
 
         side = {k: v for k, v in types().items() if k in ("realign_category", "realign_category_score")}

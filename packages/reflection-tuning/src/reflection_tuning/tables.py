@@ -9,9 +9,11 @@ Every parameter:
     damage_kind                of a row of the selection table: the records that it is about
     teacher                    the model that reflects; for generated records a checkpoint, which is first fine-tuned on
                                teacher_records others for teacher_epochs
-    backend                    local (in this process), server (`transformers serve`) or endpoint (base_url)
+    backend                    local (in this process), server (`transformers serve`) or endpoint (base_url), whose
+                               replies are kept in the user's cache
     template, compat           of the student's scores
-    student, epochs, batch, accumulation, learning_rate, length, dtype        the student, and its training
+    student, epochs, batch, accumulation, learning_rate, length, dtype, gradient_checkpointing
+                               the student, and its training
     tasks                      lm-eval tasks with their numbers of examples, for the student
     figures                    student or selection
 """
@@ -109,7 +111,7 @@ def scored(cell: Cell, context: Context) -> Rows:
 
 def reflect_and_score(cell: Cell, rows: Rows) -> Rows:
     """`reflection-tuning reflect` and `score`, with the row's teacher and student."""
-    from instruct_data.llm.serve import answering
+    from instruct_data.llm.serve import answering, journal_of
     from instruct_data.llm.service import Service
     from instruct_data.records import read
     from model_hooks.loading import load_placed
@@ -124,7 +126,7 @@ def reflect_and_score(cell: Cell, rows: Rows) -> Rows:
         model = cell["teacher"] if given else str(teacher(cell, room))
         recipe = Recipe(model, max_tokens=cell.get("answer_tokens", 2048), checks=PRESETS["careful"])
         with answering(cell["backend"], model, cell.get("base_url", "")) as options:
-            service = Service(room / "journal", "reflection-tuning", **options)
+            service = Service(journal_of(cell, room), "reflection-tuning", **options)
             with suppress(Incomplete):  # the originals are kept, which is a result too
                 reflect_records(read(rows, "alpaca", name="records"), room / "reflected.jsonl", recipe, service)
         loaded, tokenizer = load_placed(cell["student"], cell.get("dtype", "float32"))
@@ -262,5 +264,6 @@ FIGURES: dict[str, Callable[[Cell, Context], dict[str, Any]]] = {"student": _stu
 
 PAPER = Paper(
     "reflection-tuning", tables_folder(__file__), run,
-    title="Selective Reflection-Tuning: Student-Selected Data Recycling", code=("instruct_data", "model_hooks"),
+    title="Selective Reflection-Tuning: Student-Selected Data Recycling",
+    code=("instruct_data", "model_hooks", "lean_kernels"),
 )  # fmt: skip

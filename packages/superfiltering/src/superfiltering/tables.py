@@ -10,7 +10,8 @@ Every parameter:
     choose, share                      what a row of the students' or the diversity table takes: all, top, random,
                                        worst, or facility (of the best `pool` by score)
     encoder, pool                      for the diversity table
-    student, epochs, learning_rate, batch, heldout    the student: what is fine-tuned, how, and what its loss is on
+    student, epochs, learning_rate, batch, accumulation, gradient_checkpointing, student_length, heldout
+                                       the student: what is fine-tuned, how, and what its loss is on
     figures                            agreement, noise, student, cost, diversity
 """
 
@@ -169,6 +170,7 @@ def _student(cell: Cell, context: Context) -> dict[str, Any]:
     from instruct_data.records import read
     from instruct_data.scoring.heldout import answer_loss
     from instruct_data.writing import write
+    from paper_tables.training import config_of
 
     from .train import TrainConfig, train
 
@@ -179,13 +181,9 @@ def _student(cell: Cell, context: Context) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as room:
         file, folder = Path(room) / "records.jsonl", Path(room) / "student"
         write(file, [rows[i] for i in chosen])
-        batch, epochs = min(cell["batch"], len(chosen)), cell["epochs"]
-        train(TrainConfig(
-            model=cell["student"], data=str(file), output=folder, template="alpaca", max_length=length, epochs=epochs,
-            learning_rate=cell["learning_rate"], batch_size=batch, accumulation=cell.get("accumulation", 1),
-            seed=cell["seed"], bf16=cell.get("dtype") == "bfloat16", save_every=10**6, log_every=1,
-            deepspeed=cell.get("deepspeed", ""),
-        ))  # fmt: skip
+        batch = min(cell["batch"], len(chosen))
+        train(config_of(cell, TrainConfig, cell["student"], file, folder,
+                        max_length=length, batch_size=batch, log_every=1))  # fmt: skip
         model, tokenizer = _load(cell, Context(), str(folder))
         after = answer_loss(model, tokenizer, heldout, max_length=length)["loss"]
     return {"loss": after, "records": len(chosen)}
@@ -237,5 +235,5 @@ FIGURES: dict[str, Callable[[Cell, Context], dict[str, Any]]] = {
 PAPER = Paper(
     "superfiltering", tables_folder(__file__), run,
     title="Superfiltering: Weak-to-Strong Data Filtering for Fast Instruction-Tuning",
-    code=("instruct_data", "model_hooks"),
+    code=("instruct_data", "model_hooks", "lean_kernels"),
 )  # fmt: skip

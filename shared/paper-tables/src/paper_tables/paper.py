@@ -65,7 +65,7 @@ class Paper:
     tables_folder: Path
     run: Run
     title: str = ""
-    code: tuple[str, ...] = ("model_hooks",)
+    code: tuple[str, ...] = ("model_hooks", "lean_kernels")
 
     @property
     def committed(self) -> Path:

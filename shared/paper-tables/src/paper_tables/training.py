@@ -261,5 +261,6 @@ def config_of(cell: Mapping[str, Any], kind: Any, model: str, data: Path, output
         "batch_size": cell["batch"], "accumulation": cell.get("accumulation", 1), "seed": cell["seed"],
         "learning_rate": cell["learning_rate"], "max_length": cell.get("length", 512),
         "bf16": cell.get("dtype") == "bfloat16", "deepspeed": cell.get("deepspeed", ""), "save_every": 10**6,
+        "gradient_checkpointing": cell.get("gradient_checkpointing", False),
     }  # fmt: skip
     return kind(**given | own)

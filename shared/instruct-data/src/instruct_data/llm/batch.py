@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from instruct_data.journal import Journal, content_key
@@ -27,7 +28,7 @@ class BatchEndpoint(Gathered):
     for them, and takes their answers. Requests that came back with an error, or not at all because the batch expired,
     are sent again in a further batch, `rounds` times in all; those that are still left have failed.
 
-    Raises `ServiceFailed` where the server refuses a batch as a whole.
+    Raises `ServiceFailed` where the server refuses a new batch as a whole.
     """
 
     def __init__(
@@ -44,21 +45,30 @@ class BatchEndpoint(Gathered):
     async def run(self, requests: Sequence[Request], sleep: Sleep) -> AsyncIterator[tuple[int, Reply]]:
         if not self._resumed:
             self._resumed = True
-            for number, id in enumerate(_journalled(self.journal)):
-                await self._collect(number, id, sleep)
+            await self._resume(sleep)
         errors: dict[str, str] = {}
         for _ in range(self.rounds):
             missing = [request for request in requests if request.key not in self._answers]
             if not missing:
                 break
-            number, id = await self._submit(missing)
-            errors |= await self._collect(number, id, sleep)
+            batch = await self._ended(await self._submit(missing), sleep)
+            if batch.status == "failed":
+                raise ServiceFailed(f"the batch {batch.id} failed: {' '.join(str(batch.errors).split())[:300]}")
+            errors |= await self._take(batch)
         lost = Reply(None, error="the batch ended without it")
         for place, r in enumerate(requests):
             yield place, self._answers.pop(r.key, Reply(None, error=errors[r.key]) if r.key in errors else lost)
 
-    async def _submit(self, requests: Sequence[Request]) -> tuple[int, str]:
-        """Upload and start a batch; returns its number in the journal, and its id."""
+    async def _resume(self, sleep: Sleep) -> None:
+        """Take the answers of earlier runs' batches. One that failed has none, nor has one that the server lost."""
+        from openai import NotFoundError
+
+        for id in _journalled(self.journal):
+            with suppress(NotFoundError):
+                await self._take(await self._ended(id, sleep))
+
+    async def _submit(self, requests: Sequence[Request]) -> str:
+        """Upload and start a batch; returns its id, which is in the journal then."""
         lines = (
             json.dumps({"custom_id": r.key, "method": "POST", "url": "/v1/chat/completions", "body": r.body()})
             for r in requests
@@ -68,19 +78,19 @@ class BatchEndpoint(Gathered):
         batch = await self.client.batches.create(
             input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h"
         )
-        number = len(list(_journalled(self.journal)))
-        self.journal.append(_place(number), batch.id)
-        return number, batch.id
+        self.journal.append(_place(len(_journalled(self.journal))), batch.id)
+        return str(batch.id)
 
-    async def _collect(self, number: int, id: str, sleep: Sleep) -> dict[str, str]:
-        """Wait for a batch and take its answers; returns the errors by key."""
+    async def _ended(self, id: str, sleep: Sleep) -> Any:
+        """The batch, when it has ended."""
         while True:
             batch = await self.client.batches.retrieve(id)
             if batch.status in ENDED:
-                break
+                return batch
             await sleep(self.poll)
-        if batch.status == "failed":
-            raise ServiceFailed(f"the batch {id} failed: {' '.join(str(batch.errors).split())[:300]}")
+
+    async def _take(self, batch: Any) -> dict[str, str]:
+        """Take the answers of a batch; returns the errors by key."""
         errors: dict[str, str] = {}
         async for line in self._lines(batch):
             response = line.get("response") or {}

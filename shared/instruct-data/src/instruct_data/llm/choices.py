@@ -14,7 +14,7 @@ from typing import Any
 
 from .endpoint import REPEATED, Endpoint
 from .rate import Sleep
-from .request import Reply, Request, Usage
+from .request import Reply, Request, Usage, said_in
 
 Waiting = list[tuple[Request, "asyncio.Future[Reply]"]]
 
@@ -92,7 +92,7 @@ def packed(body: Any) -> Any:
     """`body` with one choice whose text holds those of all, as JSON: [[text, finish reason], ...]. A body that is no
     completion as it is."""
     try:
-        choices = [(choice["message"]["content"], choice.get("finish_reason") or "") for choice in body["choices"]]
+        choices = [said_in(choice) for choice in body["choices"]]
     except (TypeError, KeyError, AttributeError):
         return body
     whole = [choice for choice in choices if isinstance(choice[0], str)]

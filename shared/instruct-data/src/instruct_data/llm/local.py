@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 from model_hooks.errors import RequestError
 
 from .gathered import Gathered, Sleep
 from .request import Reply, Request, Usage
+from .room import prompt_ids, too_long
 
 ACCEPTED = {"temperature", "top_p", "max_tokens", "seed", "stop"}
 
@@ -19,7 +20,8 @@ class LocalModel(Gathered):
     """Answers with `model.generate`, prompts of similar length together, padded on the left.
 
     batch_size: prompts at once. max_tokens: of an answer where the request says nothing. A temperature of 0 or none is
-    greedy. A request is sampled with a seed of its own content, so that a run that goes on gives the same answers.
+    greedy. A request is sampled with a seed of its own content, so that a run that goes on gives the same answers. An
+    answer ends where the model's context does; a prompt that fills it has failed.
 
     Raises `RequestError` for a tokenizer without a chat template, a sampling field that is not known here, and a
     request with a schema: nothing here could enforce it.
@@ -30,28 +32,43 @@ class LocalModel(Gathered):
             raise RequestError("the tokenizer has no chat template; give a chat model, or set one")
         super().__init__(most=32 * batch_size, linger=0.05)
         self.model, self.tokenizer, self.batch_size, self.max_tokens = model, tokenizer, batch_size, max_tokens
+        config = model.config.get_text_config(decoder=True)
+        self.context = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
 
-    async def run(self, requests: Sequence[Request], sleep: Sleep) -> AsyncIterator[tuple[int, Reply]]:
-        prompts = [self._prompt(request) for request in requests]
-        order = sorted(range(len(requests)), key=lambda i: (_how(requests[i]), len(prompts[i])))
+    def groups(self, requests: Sequence[Request]) -> Iterator[Sequence[int]]:
+        """`batch_size` prompts of similar length, sampled alike. Alone is what is drawn by a seed of its own, and what
+        leaves less room than its answer may take."""
+        lengths = [len(self._prompt(request)) for request in requests]
+        order = sorted(range(len(requests)), key=lambda i: (_how(requests[i]), lengths[i]))
+
+        def alone(i: int) -> bool:
+            return bool(requests[i].sampling.get("temperature")) or lengths[i] + self._most(requests[i]) > self.context
+
         while order:
             how = _how(requests[order[0]])
             same = [i for i in order[: self.batch_size] if _how(requests[i]) == how]
-            if requests[same[0]].sampling.get("temperature"):
-                same = same[:1]  # each is drawn by its own seed
+            same = same[:1] if alone(same[0]) else [i for i in same if not alone(i)]
             order = order[len(same) :]
-            answers = await asyncio.to_thread(self._generate, [prompts[i] for i in same], requests[same[0]])
-            for place, reply in zip(same, answers):
-                yield place, reply
+            yield same
+
+    async def run(self, requests: Sequence[Request], sleep: Sleep) -> AsyncIterator[tuple[int, Reply]]:
+        prompts = [self._prompt(request) for request in requests]
+        longest = max(map(len, prompts))
+        if longest >= self.context:  # it is alone
+            yield 0, too_long(longest, self.context)
+            return
+        for place, reply in enumerate(await asyncio.to_thread(self._generate, prompts, requests[0])):
+            yield place, reply
+
+    def _most(self, request: Request) -> int:
+        return int(request.sampling.get("max_tokens") or self.max_tokens)
 
     def _prompt(self, request: Request) -> list[int]:
         unknown = set(request.sampling) - ACCEPTED
         if unknown or request.schema is not None:
             what = "a schema" if request.schema is not None else ", ".join(sorted(unknown))
             raise RequestError(f"a model in this process cannot take {what}; it takes {', '.join(sorted(ACCEPTED))}")
-        messages = [dict(message) for message in request.messages]
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return prompt_ids(self.tokenizer, request)
 
     def _generate(self, prompts: list[list[int]], request: Request) -> list[Reply]:
         """Answers to `prompts` [count][tokens], all sampled as `request` says."""
@@ -59,7 +76,7 @@ class LocalModel(Gathered):
 
         began, sampling = time.monotonic(), request.sampling
         longest, pad = max(map(len, prompts)), self.tokenizer.pad_token_id or 0
-        most = int(sampling.get("max_tokens") or self.max_tokens)
+        most = min(self._most(request), self.context - longest)
         ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts])  # [count, longest]
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
         drawn = bool(sampling.get("temperature"))

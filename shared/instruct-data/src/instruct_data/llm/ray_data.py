@@ -14,7 +14,7 @@ import asyncio
 import json
 import logging
 import os
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from model_hooks.errors import RequestError
@@ -24,6 +24,7 @@ from .gathered import Gathered, Sleep
 from .request import Reply, Request, Usage, reply_of
 
 MOST = 16384  # requests of one pass over the cluster
+EACH = 16  # requests of a pass over servers, for each that may be in flight
 SAID = "reply"  # column with the reply as JSON
 FAILED = "__inference_error__"  # Ray's, of a row whose engine has failed
 DEFAULT_TOKENS = 512  # of an answer where the request says nothing
@@ -64,6 +65,11 @@ class RayData(Gathered):
             ray.init(log_to_driver=False, logging_level=logging.WARNING, **alone)
         ray.data.DataContext.get_current().enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+    def groups(self, requests: Sequence[Request]) -> Iterable[Sequence[int]]:
+        """Servers are paid for, so they get a part at a time; engines load anew for each pass, so they get all."""
+        size = EACH * self.workers * self.batch if self.urls else max(1, len(requests))
+        return [range(len(requests))[start : start + size] for start in range(0, len(requests), size)]
 
     async def run(self, requests: Sequence[Request], sleep: Sleep) -> AsyncIterator[tuple[int, Reply]]:
         rows = self._rows(self._shares(requests))

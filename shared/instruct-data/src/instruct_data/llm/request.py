@@ -104,13 +104,19 @@ class Reply:
 def reply_of(body: Any) -> Reply:
     """The reply in a body of the chat completions API. Raises `ValueError` where it holds none."""
     try:
-        choice = body["choices"][0]
-        text = choice["message"]["content"]
-    except (TypeError, KeyError, IndexError):
+        text, finish = said_in(body["choices"][0])
+    except (TypeError, KeyError, IndexError, AttributeError):
         raise ValueError("the body is no chat completion") from None
     if not isinstance(text, str):
         raise ValueError("the reply has no text")
-    return Reply(text, choice.get("finish_reason") or "", usage_of(body), str(body.get("model") or ""))
+    return Reply(text, finish, usage_of(body), str(body.get("model") or ""))
+
+
+def said_in(choice: Any) -> tuple[Any, str]:
+    """What a choice says, and why it ended. A refusal is a text too, and a message without one, as of a model whose
+    tokens went into its reasoning, says "": it was paid for."""
+    message = choice["message"]
+    return message.get("content") or message.get("refusal") or "", choice.get("finish_reason") or ""
 
 
 def usage_of(body: Any) -> Usage:

@@ -12,11 +12,12 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from instruct_data.journal import content_key
 from model_hooks.errors import RequestError
 
 
@@ -44,6 +45,16 @@ def answering(backend: str, model: str, base_url: str = "") -> Iterator[dict[str
             yield {"base_url": (url,), "structured": "labels", "concurrency": 4}
     else:
         raise RequestError(f"backend {backend!r}; choose endpoint, server or local")
+
+
+def journal_of(cell: Mapping[str, Any], room: Path) -> Path:
+    """The folder of the replies that a table's row asks its teacher for: in `room`, or, of an endpoint, which is paid,
+    in the user's cache, where the same command finds them again after a kill. One for each seed: others are drawn."""
+    if cell["backend"] != "endpoint":
+        return room / "journal"
+    asked = content_key([cell["teacher"], cell.get("base_url"), cell["seed"]])
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / f"leanformers/{cell['package']}/{cell['teacher'].replace('/', '-')}-{asked[:12]}"
 
 
 @contextmanager

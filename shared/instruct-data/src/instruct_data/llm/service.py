@@ -57,6 +57,11 @@ class Service:
         ):
             if value not in known:
                 raise RequestError(f"{name} {value!r}; choose {', '.join(known)}")
+        if self.backend == "batch" and (self.max_cost, self.max_tokens) != (None, None):
+            raise RequestError(
+                "backend batch says what it used when a batch has ended, too late for max-cost or max-tokens: limit "
+                "max-requests, after a look at --dry-run"
+            )
 
     @property
     def settings(self) -> dict[str, object]:

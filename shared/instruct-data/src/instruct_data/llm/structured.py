@@ -36,13 +36,14 @@ class Form:
     labels: Sequence[tuple[str, str]] = ()
 
     def parse(self, text: str) -> dict[str, Any]:
-        """The object in `text`: all of it as JSON, else the first balanced object in it, else by the labels.
+        """The object in `text`: all of it as JSON, else the first balanced object in it, else by the labels, also
+        where that object is not of the schema: it may be code in an answer.
 
         Raises `ParseError`.
         """
         value = _json(text)
-        if value is None and self.labels:
-            value = by_labels(text, self.labels)
+        if value is None or not self._fits(value):
+            value = (by_labels(text, self.labels) if self.labels else None) or value
         if value is None:
             wanted = "a JSON object" + (
                 f" or the labels {', '.join(label for label, _ in self.labels)}" if self.labels else ""
@@ -50,6 +51,13 @@ class Form:
             raise ParseError(f"the reply does not hold {wanted}")
         check(value, self.schema)
         return value
+
+    def _fits(self, value: Any) -> bool:
+        try:
+            check(value, self.schema)
+        except ParseError:
+            return False
+        return True
 
 
 def _json(text: str) -> dict[str, Any] | None:
