@@ -118,6 +118,13 @@ def test_the_order_of_experts_does_not_matter(backend):
     torch.testing.assert_close(out, turned, rtol=0, atol=2e-6)
 
 
+def test_half_precision_is_rounded_once():
+    w = problem((1, 1, 40, 24, 3, 1), torch.bfloat16)["w"]
+    gates = [0.3, 0.5, 0.2]
+    wide = torch.mul(w[0].float(), gates[0]).add_(w[1], alpha=gates[1]).add_(w[2], alpha=gates[2])
+    assert torch.equal(ref.merge_experts(w, [0, 1, 2], gates), wide.bfloat16())
+
+
 def test_equal_groups_are_merged_once(monkeypatch):
     calls = []
     merge = ref.merge_experts

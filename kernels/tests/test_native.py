@@ -129,6 +129,14 @@ def test_reading_all_is_attention(dtype: torch.dtype) -> None:
     torch.testing.assert_close(dense_decode(**tensors, scale=0.1).double(), wanted, atol=rounding, rtol=rounding)
 
 
+def test_it_takes_one_dtype_alone() -> None:
+    tensors = cache(1, 1, 2, 33, 16)
+    states = [tensors[name] for name in "qkv"]
+    assert native.takes(*states)
+    for i in range(3):
+        assert not native.takes(*(t.bfloat16() if j == i else t for j, t in enumerate(states)))
+
+
 def test_auto_takes_it_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     real = native.loki_decode

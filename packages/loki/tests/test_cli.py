@@ -75,6 +75,10 @@ def test_text_with_everything_read_is_the_text_without(basis: Path) -> None:
     assert found["new_tokens"] == found["as_without"] == 12
     assert found["speedup"] > 0
     assert found["text"].startswith("import os")
+    usual = said("generate", MODEL, *options, "--k", "2", "--sink", 0, "--recent", 0, "--min-k", 0, "--rounds", 1)
+    assert usual["min_length"] == 2048  # so few tokens are all read, whatever else is asked for
+    assert usual["as_without"] == 12
+    assert "selected" not in usual
     few = said("generate", MODEL, *options, "--k", "2", "--sink", 0, "--recent", 0, "--min-k", 0, "--min-length", 0)
     assert few["selected"] < 0.6
     assert 0 < few["captured"] <= 1
@@ -105,6 +109,7 @@ def test_bench_prints_what_it_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         ("no basis nowhere.safetensors; `loki calibrate", ("--basis", "nowhere.safetensors")),
         ("needs a basis", ()),
         ("select='row'", ("--select", "row")),
+        ("block=16 is not read by method 'snapkv'", ("--method", "snapkv", "--block", "16")),
     ],
 )
 def test_wrong_settings_are_refused(message: str, arguments: tuple[str, ...]) -> None:
@@ -116,6 +121,8 @@ def test_other_wrong_requests_are_refused(basis: Path) -> None:
     refused("keys are taken 'post' or 'pre'", "calibrate", MODEL, "--rotary", "during", "-o", "b")
     refused("are too few for keys", "calibrate", MODEL, "--tokens", 16, "--length", 16, "-o", "b")
     refused("--pairs 'many'", "eval", MODEL, "--pairs", "many", "--method", "full")
+    refused("mass=0.9 is not read by method 'h2o'", "eval", MODEL, "--mass", 0.9, "--method", "full,topk,h2o")
+    refused("the model reads 1024", "eval", MODEL, "--needle", "64,1025", "--method", "full")
     refused("give shares in (0, 1]", "bench", "--share", "2")
     refused("dtype 'int8' is not accepted", "bench", "--dtype", "int8")
     refused("cannot be read", "generate", MODEL, "--prompt-file", "nothing.txt")

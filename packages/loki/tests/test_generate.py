@@ -10,8 +10,10 @@ import pytest
 import torch
 from loki import LokiCache, disable, enable, session
 from loki.attention import attend
+from loki.cache import convert
+from loki.sessions import runtime_of
 from lokimodels import FAMILIES, basis_of, build, decoded, tokens
-from transformers import AttentionInterface, DynamicCache
+from transformers import AttentionInterface, DynamicCache, StaticCache
 from transformers.masking_utils import AttentionMaskInterface
 
 PADDED = torch.cat([torch.zeros(1, 9, dtype=torch.long), tokens(1, 15, seed=3)], dim=1)
@@ -203,10 +205,11 @@ def test_a_copy_of_an_enabled_model_stands_alone() -> None:
     assert difference(generate(model, "greedy"), expected) > 1e-3
 
 
+@pytest.mark.parametrize("method", ["loki", "pca"])
 @torch.no_grad()
-def test_a_foreign_cache_works_by_projection_and_warns_once() -> None:
+def test_a_foreign_cache_works_by_projection_and_warns_once(method: str) -> None:
     model, ids = build(), tokens(2, 30)
-    with session(model, basis_of("Llama"), **SPARSE):
+    with session(model, basis_of("Llama"), method=method, **SPARSE):
         expected = decoded(model, ids, prompt=20)
         with pytest.warns(UserWarning, match="projects the queries") as caught:
             found = decoded(model, ids, prompt=20, cache=DynamicCache(config=model.config))
@@ -214,7 +217,7 @@ def test_a_foreign_cache_works_by_projection_and_warns_once() -> None:
     assert torch.allclose(found, expected, atol=1e-4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with session(model, basis_of("Llama"), backend="projected", **SPARSE):
+        with session(model, basis_of("Llama"), method=method, backend="projected", **SPARSE):
             out = model(input_ids=ids[:, :20])
             assert type(out.past_key_values.layers[0]).__name__ == "DynamicLayer"
             assert torch.equal(decoded(model, ids, prompt=20), found)
@@ -259,6 +262,58 @@ def test_inference_mode_and_half_precision() -> None:
         found = decoded(model, ids, prompt=20)
     assert found.dtype == torch.bfloat16
     assert (found - dense).abs().mean() < 0.1 * dense.abs().mean()
+
+
+@pytest.mark.filterwarnings("ignore:this cache holds keys as they are")
+@pytest.mark.parametrize(
+    "settings", [{"k": 1.0}, {"k": 0.999}, {"k": 0.999, "block": 16}, {"method": "topk", "k": 0.999}]
+)
+@pytest.mark.parametrize("family", ["Llama", "Gemma2"])  # Gemma2: softcapped
+@torch.no_grad()
+def test_autocast_is_that_of_ordinary_attention(family: str, settings: dict[str, Any]) -> None:
+    """Queries and keys are float32 after the rotary embedding, values bfloat16."""
+    model, ids = reference(family), tokens(2, 40, seed=7)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = decoded(model, ids, prompt=20)
+        with session(model, basis_of(family), min_length=0, **settings):
+            caches = [None, DynamicCache(config=model.config)]
+            if family == "Llama":  # transformers' own static layers with a window take no autocast
+                caches.append(StaticCache(config=model.config, max_cache_len=48))
+                convert(caches[-1], runtime_of(model).new_layer)
+            for cache in caches:
+                found = decoded(model, ids, prompt=20, cache=cache)
+                assert (found - expected).abs().mean() < 0.02 * expected.abs().mean()
+        with session(model, basis_of(family), min_length=0, prefill="masked", **settings):
+            few = model(input_ids=ids[:, :8], use_cache=False).logits
+        assert (few - expected[:, :8]).abs().mean() < 0.02 * expected.abs().mean()
+
+
+@pytest.mark.parametrize("k", [1.0, 1000])
+@torch.no_grad()
+def test_a_mass_is_heeded_where_its_bound_does_not_bind(k: float) -> None:
+    model, ids, read = build(), tokens(2, 40), {}
+    for mass in (None, 0.5):
+        with session(model, basis_of("Llama"), **SPARSE | {"k": k, "mass": mass}):
+            read[mass] = decoded(model, ids, prompt=30)
+    with session(model, basis_of("Llama"), **SPARSE | {"k": 39, "mass": 0.5}):
+        bound = decoded(model, ids, prompt=30)
+    assert not torch.allclose(read[0.5], read[None], atol=1e-3)
+    assert torch.equal(read[0.5], bound)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("method", ["h2o", "snapkv"])
+def test_methods_that_evict_do_with_a_static_cache_what_they_do_with_another(method: str, beams: int) -> None:
+    model = build()
+    ids = torch.cat([torch.cat([torch.zeros(1, 9, dtype=torch.long), tokens(1, 51, seed=3)], 1), tokens(1, 60, seed=4)])
+    with session(model, method=method, **SPARSE):
+        expected, found = (generate(model, way, ids, num_beams=beams) for way in ("greedy", "static"))
+        alive = found.past_key_values.layers[1].state["alive"]
+        found.past_key_values.reset()
+        assert not found.past_key_values.layers[1].state
+    assert not alive[:, :, 9:60].all()
+    assert torch.equal(found.sequences, expected.sequences)
+    assert difference(found, expected) < 1e-4
 
 
 def test_a_static_cache_decodes_in_one_compiled_graph() -> None:

@@ -45,6 +45,10 @@ def test_settings_that_do_not_exist(name: str, value: Any) -> None:
         ({"skip_layers": [4]}, "skip_layers names layer 4"),
         ({"top_k": 4}, "'top_k' is no setting"),
         ({"method": "snapkv", "prefill": "masked"}, "no masked form"),
+        ({"method": "quest", "mass": 0.9}, "mass=0.9 is not read by method 'quest'; leave it out, or take topk, loki"),
+        ({"method": "h2o", "block": 16}, "block=16 is not read by method 'h2o'.*topk, quest, loki"),
+        ({"method": "snapkv", "select": "head"}, "select='head' is not read"),
+        ({"method": "pca", "group_reduce": "max"}, "group_reduce='max' is not read"),
     ],
 )
 def test_settings_that_do_not_fit_leave_the_model_alone(changes: dict[str, Any], message: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from loki.tables import FIGURES, PAPER, basis_of, run
 
+from model_hooks import RequestError
 from paper_tables import Context
 from paper_tables.errors import TableError
 
@@ -115,10 +116,24 @@ def test_retrieval_asks_as_many_questions_as_it_says(
     monkeypatch.setattr(
         quality, "hits", lambda model, tokenizer, questions, **_: asked.extend(questions) or [True, False]
     )
+    with pytest.raises(RequestError, match="a context of 1025 tokens: the model reads 1024"):
+        measured(context, "recall", form=form, context=1025, questions=2)
     found = measured(context, "recall", form=form, context=96, questions=2)
     assert found["recall"] == {"value": 50, "se": pytest.approx(35.36, abs=0.01)}
     measured(context, "recall", form=form, context=96, questions=2, seed=1)
     assert len({q.context for q in asked}) == 4
+
+
+def test_batches_are_as_large_as_the_row_says(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    from loki import quality
+
+    sizes: list[int] = []
+    monkeypatch.setattr(quality, "recall", lambda *_, batch_size, **__: sizes.append(batch_size))
+    monkeypatch.setattr(quality, "decoding_perplexity", lambda *_, batch_size, **__: sizes.append(batch_size))
+    for changes in ({}, {"batch_size": 2}):
+        measured(context, "decoding", **changes)
+        measured(context, "recall", form="pairs", context=96, questions=1, **changes)
+    assert sizes == [16, 16, 2, 2]
 
 
 def test_unknown_words_are_refused(context: Context) -> None:
@@ -135,9 +150,16 @@ def test_unknown_words_are_refused(context: Context) -> None:
 def test_speed_is_measured_against_the_best_dense_form(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     from loki import bench
 
+    from lean_kernels.bench import loki as harness
+
     monkeypatch.setattr(bench, "HEADS", 4)
     monkeypatch.setattr(bench, "KV_HEADS", 2)
     cell = {"cached": 256, "read": 0.25, "rounds": 3, "layers": 1, "figures": ["attention", "steps"]}
     found = run({**CELL, **cell}, context)
     assert set(found) == {"attention", "steps", "over_own", "auto"}
     assert all(v > 0 for v in found.values())
+    shapes: list[Any] = []
+    forms = harness.dense_forms
+    monkeypatch.setattr(harness, "dense_forms", lambda q, k, *rest: shapes.extend((q, k)) or forms(q, k, *rest))
+    assert run({**CELL, **cell, "heads": [5, 5], "figures": ["attention"]}, context)["attention"] > 0
+    assert [t.shape[1] for t in shapes] == [5, 5]

@@ -51,11 +51,10 @@ class _Shape(ctypes.Structure):
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether `loki_decode` here can do it: rows of float32 or bfloat16 on a CPU, in one piece each."""
-    fits = (
-        q.device.type == "cpu" and q.dtype in DTYPES and q.shape[-1] % 8 == 0 and q.shape[1] <= MAX_GROUP * k.shape[1]
-    )
-    return fits and k.stride(-1) == v.stride(-1) == 1 and library() is not None
+    """Whether `loki_decode` here can do it: rows of one dtype, float32 or bfloat16, on a CPU, in one piece each."""
+    fits = q.device.type == "cpu" and q.shape[-1] % 8 == 0 and q.shape[1] <= MAX_GROUP * k.shape[1]
+    alike = q.dtype in DTYPES and q.dtype == k.dtype == v.dtype
+    return fits and alike and k.stride(-1) == v.stride(-1) == 1 and library() is not None
 
 
 def loki_decode(

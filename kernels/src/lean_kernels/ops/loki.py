@@ -139,7 +139,7 @@ def _in_c(backend: str, able: bool) -> bool:
     """Whether C does it: where it is asked for, and where it is able to and nothing else is asked for."""
     if backend == "native" and not able:
         raise RuntimeError(
-            "backend 'native' takes float32 and bfloat16 on a CPU, rows of a multiple of 8 numbers, no pages, blocks "
+            "backend 'native' takes float32 or bfloat16 on a CPU, rows of a multiple of 8 numbers, no pages, blocks "
             "or mask, and needs a C compiler once; use backend 'torch'"
         )
     if backend == "auto":

@@ -38,7 +38,7 @@ def merge_experts(w: Tensor, experts: list[int], gates: list[float], out: Tensor
     for start in range(0, w.shape[1], step):
         part = slice(start, start + step)
         total = torch.empty_like(out[part], dtype=sum_dtype(w)) if out.dtype.itemsize == 2 else out[part]
-        torch.mul(w[experts[0], part], gates[0], out=total)
+        torch.mul(w[experts[0], part].to(total.dtype), gates[0], out=total)
         for expert, gate in zip(experts[1:], gates[1:]):
             total.add_(w[expert, part], alpha=gate)
         if total.dtype != out.dtype:

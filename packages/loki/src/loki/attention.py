@@ -78,7 +78,7 @@ def attend(
     out = None if handler is None else handler(module, call)
     if out is None:
         out = dense(module, call)
-    return out.transpose(1, 2).contiguous(), None
+    return out.transpose(1, 2).to(query.dtype).contiguous(), None
 
 
 def dense(module: nn.Module, call: Call) -> Tensor:
@@ -158,6 +158,9 @@ class LayerHandler:
     def __call__(self, module: nn.Module, call: Call) -> Tensor | None:
         runtime = self.runtime
         handed: Handed | None = getattr(call.key, "_loki", None)
+        dtype = (handed.keys if handed else call.key).dtype
+        if not call.query.dtype == call.value.dtype == dtype:  # autocast, where rotary embeddings give float32
+            call = replace(call, query=call.query.to(dtype), value=call.value.to(dtype))
         queries = call.query.shape[2]
         first = handed.fresh if handed else call.key.shape[2] == queries
         if module.training or (torch.is_grad_enabled() and call.query.requires_grad):
@@ -188,9 +191,12 @@ class LayerHandler:
             return True
         if self.runtime.method.approximates:
             return False
+        least = max(config.min_k, config.sink + config.recent, 1)
+        if config.mass is not None:  # may read fewer than k
+            return rows.tokens <= least
         if isinstance(self.k, float):
-            return self.k == 1.0 or rows.tokens <= max(config.min_k, config.sink + config.recent)
-        return rows.tokens <= max(self.k, config.min_k, config.sink + config.recent)
+            return self.k == 1.0 or rows.tokens <= least
+        return rows.tokens <= max(self.k, least)
 
     def step(self, call: Call, handed: Handed | None, rows: Rows, first: bool) -> Step:
         query, keys, values, projection = call.query, call.key, call.value, None

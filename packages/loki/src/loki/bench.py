@@ -68,8 +68,12 @@ def random_basis(model: Any) -> Basis:
     )
 
 
-def attention(tokens: int, share: float, dtype: torch.dtype, device: str, rounds: int) -> dict[str, Any]:
+def attention(
+    tokens: int, share: float, dtype: torch.dtype, device: str, rounds: int, heads: Sequence[int] | None = None
+) -> dict[str, Any]:
     """Attention alone for one new token: `loki_decode`, d = width / 4, beside the dense forms.
+
+    `heads` are query and KV heads, `HEADS` and `KV_HEADS` unless given.
 
     Before each, untimed, memory as of a model's weights is read, so that no processor's cache still holds the keys.
     """
@@ -79,10 +83,11 @@ def attention(tokens: int, share: float, dtype: torch.dtype, device: str, rounds
 
     lot = torch.Generator(device=device).manual_seed(0)
 
-    def random(heads: int, n: int) -> Tensor:
-        return torch.randn(1, heads, n, WIDTH, generator=lot, device=device).to(dtype)
+    def random(count: int, n: int) -> Tensor:
+        return torch.randn(1, count, n, WIDTH, generator=lot, device=device).to(dtype)
 
-    q, k, v = random(HEADS, 1), random(KV_HEADS, tokens), random(KV_HEADS, tokens)
+    query_heads, kv_heads = heads or (HEADS, KV_HEADS)
+    q, k, v = random(query_heads, 1), random(kv_heads, tokens), random(kv_heads, tokens)
     lens = torch.tensor([tokens], dtype=torch.int32, device=device)
     rule = {"d": WIDTH // 4, "scale": WIDTH**-0.5}
     read = {"loki": max(1, int(share * tokens)), "all": tokens}

@@ -60,8 +60,9 @@ class LokiLayer(DynamicLayer):
         self.state: dict[str, Tensor] = {}
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self._hold(_empty_like(key_states, 0), _empty_like(value_states, 0), 0)
+        # of the values: under autocast, rotary embeddings give float32 keys, which attention then rounds
+        self.dtype, self.device = value_states.dtype, key_states.device
+        self._hold(_empty_like(key_states[:, :, :0].to(self.dtype), 0), _empty_like(value_states, 0), 0)
         self.is_initialized = True
 
     def _hold(self, keys: Tensor, values: Tensor, length: int) -> None:
@@ -157,16 +158,22 @@ class StaticLokiLayer(StaticLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         turned = key_states if self.turn is None else self.turn.keys(key_states)
-        keys, values = super().update(turned, value_states, *args, **kwargs)
+        dtype = self.dtype if self.is_initialized else value_states.dtype  # see `LokiLayer.lazy_initialization`
+        keys, values = super().update(turned.to(dtype), value_states.to(dtype), *args, **kwargs)
         handed = Handed(self, keys, values, None, not self.filled, False)
         self.filled = True
         keys = keys.view(keys.shape)
         keys._loki = handed
         return keys, values
 
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.state = {name: t.index_select(0, beam_idx.to(t.device)) for name, t in self.state.items()}
+
     def reset(self) -> None:
         super().reset()
         self.filled = False
+        self.state = {}
 
 
 class LokiCache(DynamicCache):

@@ -41,7 +41,8 @@ class LokiConfig:
     """How a query at decoding picks the tokens it reads. The paper's are k = d = 0.25 and sink = recent = min_k = 0.
 
     Attributes:
-        method: "loki", or a baseline: "full", "topk" (exact), "h2o", "pca", "quest", "snapkv".
+        method: "loki", or a baseline: "full", "topk" (exact), "h2o", "pca", "quest", "snapkv". One that does not read
+            `select`, `group_reduce`, `block` or `mass` refuses them.
         k: tokens read. A float in (0, 1] is a share of the row's own tokens, an int a count, a list one for each layer.
         d: dimensions that tokens are picked by. Share, count, list, or `Variance(0.9)`.
         select: "group": all queries of a KV head read the same tokens; "head": each its own (slow where heads are

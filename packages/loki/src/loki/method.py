@@ -16,6 +16,7 @@ from .config import Amount, LokiConfig
 from .rows import Rows
 
 NAMES = ("full", "topk", "h2o", "pca", "quest", "snapkv", "loki")
+OWN = ("select", "group_reduce", "block", "mass")  # settings that only some methods read
 FEW = 8  # queries that count as decoding: one, or a few that verify a draft
 CHUNK = 1 << 25  # attention weights held at a time, in elements
 
@@ -68,6 +69,12 @@ class Step:
         return self.v[:, :, : self.tokens]
 
     @property
+    def projected(self) -> Tensor:
+        """The queries through `projection`: their products with whole keys are those of the first d turned numbers."""
+        assert self.projection is not None
+        return (self.q.float().unflatten(1, (self.kv_heads, -1)) @ self.projection[:, None]).flatten(1, 2)
+
+    @property
     def read(self) -> Tensor:
         """How many tokens each query reads, [B or 1, 1, Q]."""
         return self.rows.read(self.k_amount, self.config)[:, None]
@@ -88,6 +95,7 @@ class Method:
         masked: the masked form exists.
         reads_all: it is ordinary attention.
         approximates: it differs from ordinary attention even where it reads all tokens.
+        uses: which of the settings `OWN` it reads.
     """
 
     needs_basis = False
@@ -96,6 +104,7 @@ class Method:
     masked = True
     reads_all = False
     approximates = False
+    uses: frozenset[str] = frozenset()
 
     def allowed(self, step: Step) -> Tensor:
         """What each query reads: bool, [B, Hkv, Q, S] where the queries of a group agree, else [B, Hq, Q, S]."""
@@ -120,6 +129,19 @@ def find(name: str) -> Method:
         raise RequestError(f"method={name!r}: it is one of {', '.join(NAMES)}")
     module = import_module(".sparse" if name == "loki" else f".baselines.{name}", __package__)
     method: Method = module.METHOD
+    return method
+
+
+def method_of(config: LokiConfig) -> Method:
+    """The method of these settings. Raises `RequestError` for one of `OWN` that was set and that it does not read."""
+    method, plain = find(config.method), LokiConfig()
+    for name in OWN:
+        value = getattr(config, name)
+        if value != getattr(plain, name) and not method.reads_all and name not in method.uses:
+            readers = ", ".join(other for other in NAMES if name in find(other).uses)
+            raise RequestError(
+                f"{name}={value!r} is not read by method {config.method!r}; leave it out, or take {readers}"
+            )
     return method
 
 

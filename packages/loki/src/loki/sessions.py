@@ -14,7 +14,7 @@ from model_hooks.errors import RequestError, UnsupportedArchitectureError
 from .attention import NAME, LayerHandler, Runtime, register
 from .basis import Basis, shape_of
 from .config import Amount, LokiConfig, Variance, dimensions, make_config
-from .method import find
+from .method import method_of
 from .turn import Turn
 
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "hybrid", "hybrid_sliding"}
@@ -42,7 +42,7 @@ def enable(
         RuntimeError: backend="triton" where the kernels cannot run.
     """
     settings = make_config(config, changes).on(model.device.type)
-    method = find(settings.method)
+    method = method_of(settings)
     decoder = check_model(model)
     layers, _, width = shape_of(model)
     settings.for_layers(layers)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lean_kernels import loki_decode
 
-from .method import Method, Step, keep_top_blocks, masked_attention, scores_of, spans
+from .method import OWN, Method, Step, keep_top_blocks, masked_attention, scores_of, spans
 
 
 class Sparse(Method):
@@ -17,14 +17,14 @@ class Sparse(Method):
 
     needs_basis = True
     turned = True
+    uses = frozenset(OWN)
 
     def dimensions(self, step: Step) -> int:
         return step.d
 
     def allowed(self, step: Step) -> Tensor:
         if step.projection is not None:  # keys lie as they are: the query is projected and compared with all of them
-            q = (step.q.float().unflatten(1, (step.kv_heads, -1)) @ step.projection[:, None]).flatten(1, 2)
-            k = step.keys
+            q, k = step.projected, step.keys
         else:
             d = self.dimensions(step)
             q, k = step.q[..., :d], step.keys[..., :d]

@@ -13,7 +13,9 @@ A row names a method and its budget; the scale's `figures` name what is measured
     context, questions, form           retrieval: tokens of a context, how many are asked, "lookup" (the zoo's),
                                        "pairs" or "needle"
     reference                          the calibration whose directions `overlap` compares with
+    batch_size                         of perplexity (4), decoding and retrieval (16)
     read, cached                       speed: share of the tokens that is read, and how many there are
+    heads                              query and KV heads of the speed of attention alone (those of `loki bench`)
     figures                            perplexity, decoding, recall, selection, rank, overlap, attention, steps
 """
 
@@ -62,7 +64,7 @@ TEXTS = {  # names that tables give to calibration texts
     "code": "zoo:calibration",
     "wikitext": "Salesforce/wikitext:wikitext-2-raw-v1:validation",
     "c4": "allenai/c4:en:validation",
-    "bookcorpus": "bookcorpus/bookcorpus",
+    "bookcorpus": "rojagtap/bookcorpus",  # a copy in Parquet: `datasets` no longer runs the scripts of the first
 }
 
 
@@ -204,15 +206,22 @@ def _decoding(cell: Cell, context: Context) -> dict[str, Any]:
     model, _ = _model(cell, context)
     ids = _sequences({**cell, "seed": 0}, context, cell["text"], cell["samples"], cell["length"])
     with _session(cell, context), context.progress("decoding", len(ids)) as bar:
-        return {"decoding": decoding_perplexity(model, ids, cell["prompt"], batch_size=16, progress=bar)}
+        return {"decoding": decoding_perplexity(model, ids, cell["prompt"], batch_size=_batch(cell), progress=bar)}
 
 
 def _recall(cell: Cell, context: Context) -> dict[str, Any]:
     from loki.quality import recall
+    from loki.workflow import check_context
 
     model, tokenizer = _model(cell, context)
+    check_context(model, cell["context"])
     with _session(cell, context), context.progress("questions", cell["questions"]) as bar:
-        return {"recall": recall(model, tokenizer, _questions(cell, tokenizer), batch_size=16, progress=bar)}
+        asked = _questions(cell, tokenizer)
+        return {"recall": recall(model, tokenizer, asked, batch_size=_batch(cell), progress=bar)}
+
+
+def _batch(cell: Cell) -> int:
+    return int(cell.get("batch_size", 16))
 
 
 def _questions(cell: Cell, tokenizer: Any) -> list[Any]:
@@ -286,7 +295,8 @@ def _attention(cell: Cell, context: Context) -> dict[str, Any]:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = DTYPES[cell.get("dtype", "float32")]
-    return {"attention": attention(cell["cached"], float(cell["read"]), dtype, device, cell["rounds"])["speedup"]}
+    found = attention(cell["cached"], float(cell["read"]), dtype, device, cell["rounds"], cell.get("heads"))
+    return {"attention": found["speedup"]}
 
 
 def _steps(cell: Cell, context: Context) -> dict[str, Any]:
@@ -315,5 +325,4 @@ FIGURES: dict[str, Callable[[Cell, Context], dict[str, Any]]] = {
 
 PAPER = Paper(
     "loki", tables_folder(__file__), run, title="Loki: Low-rank Keys for Efficient Sparse Attention",
-    code=("model_hooks", "lean_kernels"),
 )  # fmt: skip

@@ -11,7 +11,7 @@ from model_hooks.errors import RequestError
 
 from .basis import Basis
 from .config import Amount, Variance, make_config
-from .method import find
+from .method import find, method_of
 
 Load = Callable[[], tuple[Any, Any]]
 Settings = dict[str, Any]
@@ -47,7 +47,7 @@ def amount(name: str, said: str) -> Amount | Variance:
 def settings(method: str, k: str, d: str, **others: Any) -> Settings:
     """Settings of `LokiConfig` from what was said on the command line, checked."""
     found: Settings = {"method": method, "k": amount("k", k), "d": amount("d", d), **others}
-    make_config(None, found)
+    method_of(make_config(None, found))
     return found
 
 
@@ -75,6 +75,12 @@ def context_of(model: Any) -> int:
     """The model's context in tokens; a large number where its config names none."""
     config = model.config.get_text_config(decoder=True)
     return int(getattr(config, "max_position_embeddings", None) or 1 << 20)
+
+
+def check_context(model: Any, tokens: int) -> None:
+    """Raise `RequestError` for questions on more tokens than the model can read."""
+    if tokens > context_of(model):
+        raise RequestError(f"a context of {tokens} tokens: the model reads {context_of(model)}; give a shorter one")
 
 
 def analyse_files(files: Sequence[Path], folder: Path | None, dimensions: str) -> dict[str, Any]:
@@ -117,9 +123,11 @@ def evaluate_methods(
     with refusals():
         basis = Basis.load(basis_file) if basis_file is not None else None
         for method in methods:
-            find(method)
+            method_of(make_config(None, {**options, "method": method}))
     model, tokenizer = load()
     length = min(length, context_of(model))
+    for asked in (*pairs, *needles):
+        check_context(model, asked)
     rows: dict[str, dict[str, Any]] = {}
     for method in methods:
         changes = {**options, "method": method}
@@ -204,12 +212,14 @@ def generate_text(
         raise RequestError("the prompt is empty; give some text")
     with refusals():
         basis = Basis.load(basis_file) if basis_file is not None else None
+    # stated, since text, stats and time are all to be of what a user gets, and stats alone would make it 0
+    min_length = make_config(None, options).on(model.device.type).min_length
 
     def plain() -> Any:
         return model.generate(ids, do_sample=False, max_new_tokens=max_new_tokens)
 
     def sparse(**more: Any) -> Any:
-        with session(model, basis, **{**options, **more}):
+        with session(model, basis, **{**options, "min_length": min_length, **more}):
             out = plain()
             return (out, stats(model)) if more.get("stats") else out
 
@@ -221,7 +231,8 @@ def generate_text(
     same = int((new == whole[0, ids.shape[1] : ids.shape[1] + len(new)]).long().cumprod(0).sum())
     return {
         "text": tokenizer.decode(text[0], skip_special_tokens=True), "prompt_tokens": ids.shape[1],
-        "new_tokens": len(new), "as_without": same, **({"speedup": timed["sparse"].speedup} if timed else {}),
+        "new_tokens": len(new), "as_without": same, "min_length": min_length,
+        **({"speedup": timed["sparse"].speedup} if timed else {}),
         **_means(seen),
     }  # fmt: skip
 

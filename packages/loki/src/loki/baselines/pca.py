@@ -16,6 +16,8 @@ class PCA(Method):
         return step.rows.visible.expand(len(step.q), step.kv_heads, -1, -1)
 
     def attend(self, step: Step) -> Tensor:
+        if step.projection is not None:  # keys lie as they are
+            return masked_attention(step, None, step.projected)
         return masked_attention(step, None, step.q[..., : step.d], step.keys[..., : step.d])
 
 

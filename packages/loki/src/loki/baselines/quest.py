@@ -15,6 +15,8 @@ PAGE = 16
 
 
 class Quest(Method):
+    uses = frozenset({"select", "group_reduce", "block"})
+
     def allowed(self, step: Step) -> Tensor:
         page = step.config.block if step.config.block > 1 else PAGE
         low, high = bounds(step, page)

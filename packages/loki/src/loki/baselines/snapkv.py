@@ -50,7 +50,7 @@ class SnapKV(Method):
         kept = keep_top(
             smooth[:, :, None], last, step.read[..., -1:], 0, torch.minimum(step.read[..., -1:], torch.tensor(window))
         )
-        step.state["alive"] = kept[:, :, 0]
+        step.state["alive"] = kept[:, :, 0] | ~step.rows.visible[:, :, -1]  # a static cache has room for later tokens
         return None if step.first else masked_attention(step, allowed)
 
 
