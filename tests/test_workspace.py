@@ -116,6 +116,17 @@ def test_every_import_is_declared(package, packages):
             assert distributions & declared, f"{where} imports {name}, which is not declared"
 
 
+def test_every_trainer_waits_for_the_files_of_all_processes(files):
+    bases = [
+        (path.as_posix(), found)
+        for path in files
+        if path.suffix == ".py" and "src" in path.parts
+        for found in re.findall(r"^class \w+\((.*Trainer)\):", (environment.ROOT / path).read_text(), re.MULTILINE)
+    ]
+    assert len(bases) >= 6
+    assert [where for where, found in bases if "WholeCheckpoints" not in found] == []
+
+
 def test_python_files_are_short(files):
     lengths = {file: len((environment.ROOT / file).read_text().splitlines()) for file in files if file.suffix == ".py"}
     assert lengths

@@ -64,7 +64,7 @@ def _sum_of_losses(logits: Tensor, targets: Tensor, parent_logits: Tensor | None
     return (1 - weight) * loss + weight * F.kl_div(log_q, log_p, reduction="sum", log_target=True)
 
 
-class Healer(Trainer):
+class Healer(trainer.WholeCheckpoints, Trainer):
     """Trainer with `healing_loss`. `parent` is a frozen model, or None; evaluation is on the next token alone."""
 
     def __init__(self, parent: nn.Module | None, weight: float, log: Path, **kwargs: Any) -> None:

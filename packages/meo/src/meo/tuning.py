@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 GATES = ("w_gate", "w_noise", "first")
 
 
-class BalancedTrainer(Trainer):
+class BalancedTrainer(trainer.WholeCheckpoints, Trainer):
     """Trainer whose loss is the task's and the gates' balance; the log tells the latter apart."""
 
     def __init__(self, *args: Any, decay_experts: bool = True, **kwargs: Any) -> None:
@@ -70,11 +70,6 @@ class BalancedTrainer(Trainer):
             move_biases(*self.seen)
             self.seen.clear()
         return loss
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        """Wait for the files of all processes: trainer_state.json, by which a checkpoint is known as whole, is next."""
-        super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         found, self.balance = self.balance, []

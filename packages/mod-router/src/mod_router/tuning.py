@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 ROUTERS, DUAL = "routers.safetensors", "multiplier.json"
 
 
-class RouterTrainer(Trainer):
+class RouterTrainer(trainer.WholeCheckpoints, Trainer):
     """Trainer whose loss is the routers' and whose checkpoints hold the routers alone (and the optimizer's state)."""
 
     def __init__(

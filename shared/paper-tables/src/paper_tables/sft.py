@@ -32,9 +32,17 @@ from .progress import progress
 from .training import LOG, RECORD, PreferenceRun, SftRun
 
 trl = import_module("trl")  # of the extra [train] of the package that trains
-SFTConfig, SFTTrainer = trl.SFTConfig, trl.SFTTrainer
+SFTConfig = trl.SFTConfig
 
 Rows = Sequence[dict[str, str]]
+
+
+class SFTTrainer(trainer.WholeCheckpoints, trl.SFTTrainer):  # type: ignore[misc,name-defined]
+    pass
+
+
+class DPOTrainer(trainer.WholeCheckpoints, trl.DPOTrainer):  # type: ignore[misc,name-defined]
+    pass
 
 
 def arguments(config: SftRun, deepspeed: str | None, package: str) -> Any:
@@ -64,7 +72,7 @@ def trainer_of(config: SftRun, options: Any, model: Any, tokenizer: Any, rows: R
 
     Raises `RequestError` where that is everything.
     """
-    kind = SFTTrainer if isinstance(options, SFTConfig) else trl.DPOTrainer
+    kind = SFTTrainer if isinstance(options, SFTConfig) else DPOTrainer
     made = kind(
         model, args=options, train_dataset=Dataset.from_list(list(rows)), processing_class=tokenizer,
         callbacks=list(callbacks),

@@ -77,6 +77,19 @@ def collate(rows: list[Any]) -> dict[str, Any]:
     return {"input_ids": ids, "labels": ids}
 
 
+class WholeCheckpoints:
+    """For a trainer, before its class: the file by which a checkpoint is known as whole waits for all processes' files.
+
+    transformers writes trainer_state.json next, in the first process, whatever the others have written by then.
+    """
+
+    accelerator: Any
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)  # type: ignore[misc]
+        self.accelerator.wait_for_everyone()
+
+
 class Log(TrainerCallback):  # type: ignore[misc]
     """Keeps the log as JSON lines. A run that goes on begins with the lines that its checkpoint knows of."""
 
