@@ -11,14 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from llm_drop import Plan, apply, export
+from llm_drop import Plan, apply, export, formats
 from llm_drop.formats import check_nemotron_nas
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import build
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from model_hooks import RequestError
+from model_hooks import RequestError, checkpoint, load
+from model_hooks.zoo import tokenizer
 
 PLAN = Plan(6, (0, 3), (3, 5))  # the first attention, a whole block, an MLP
 IDS = torch.arange(30, 42).unsqueeze(0)
@@ -46,23 +47,101 @@ def test_zeroed_is_a_stock_model_with_the_same_outputs(dropped: Any, tmp_path: P
 
 
 @pytest.mark.slow
-def test_hf_remote_loads_where_nothing_of_ours_is_known(dropped: Any, tmp_path: Path) -> None:
-    folder = export(dropped, None, tmp_path / "remote", "hf-remote")
+def test_hf_remote_loads_where_nothing_of_ours_is_known_as_its_card_says(dropped: Any, tmp_path: Path) -> None:
+    folder = export(dropped, tokenizer.load(), tmp_path / "remote", "hf-remote")
+    use = (folder / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
     code = (
-        "import sys, torch; from transformers import AutoModelForCausalLM as A\n"
-        "m = A.from_pretrained(sys.argv[1], trust_remote_code=True).eval()\n"
-        "assert not any(n.startswith(('model_hooks', 'llm_drop')) for n in sys.modules)\n"
-        "ids = torch.arange(30, 42).unsqueeze(0)\n"
-        "torch.save((m(ids, use_cache=False).logits, m.generate(ids, do_sample=False, max_new_tokens=8)),"
-        " sys.argv[2])\n"
+        use.replace("this folder", str(folder))
+        + "import sys, torch\n"
+        + "assert not any(n.startswith(('model_hooks', 'llm_drop')) for n in sys.modules)\n"
+        + "ids = torch.arange(30, 42).unsqueeze(0)\n"
+        + "text = model.generate(ids, do_sample=False, max_new_tokens=8)\n"
+        + "torch.save((model(ids, use_cache=False).logits, text, tokenizer('import os').input_ids), sys.argv[1])\n"
     )
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    command = [sys.executable, "-c", code, str(folder), str(tmp_path / "out.pt")]
+    command = [sys.executable, "-c", code, str(tmp_path / "out.pt")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    found, text = torch.load(tmp_path / "out.pt")
+    found, text, words = torch.load(tmp_path / "out.pt")
     assert torch.equal(found, logits(dropped))
     assert torch.equal(text, dropped.generate(IDS, do_sample=False, max_new_tokens=8))
+    assert words == tokenizer.load()("import os").input_ids
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["hf-remote", "zeroed"])
+def test_a_model_in_half_precision(to: str, dropped: Any, tmp_path: Path) -> None:
+    dropped.to(torch.bfloat16).save_pretrained(tmp_path / "bfloat16")
+    model, _ = load(tmp_path / "bfloat16", tokenizer=False)
+    again, _ = load(export(model, None, tmp_path / "out", to), tokenizer=False)
+    assert again.dtype == torch.bfloat16
+    torch.testing.assert_close(logits(again), logits(model))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["hf-remote", "zeroed"])
+def test_what_is_read_back_runs_where_the_model_does(
+    to: str, dropped: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device that rounds otherwise than the CPU: a model there is compared with a model there."""
+
+    def elsewhere(model: Any) -> Any:
+        model.register_forward_hook(lambda module, args, output: setattr(output, "logits", output.logits * 1.05))
+        return model
+
+    monkeypatch.setattr(checkpoint, "load", lambda *args, **how: (elsewhere(load(*args, **how)[0]), None))
+    cast = dropped.to(torch.bfloat16)  # rotary frequencies too, which no folder holds
+    assert load(export(elsewhere(cast), None, tmp_path / "out", to), tokenizer=False)[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("to", ["hf-remote", "zeroed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_altered_after_writing_are_found(
+    to: str, dtype: torch.dtype, dropped: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def alter(model: Any, folder: Path) -> None:
+        state = load_file(folder / "model.safetensors")
+        state["model.layers.2.mlp.down_proj.weight"] *= 1.1
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr(checkpoint, "_check_structure", alter)
+    with pytest.raises(RuntimeError, match="other logits"):
+        export(dropped.to(dtype), None, tmp_path / "out", to)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("was", "now"),
+    [
+        ('stack[edit["block"]]', 'stack[edit["block"] - 1]'),  # another layer is taken out
+        ('for edit in lean["edits"]:', "for edit in ():"),  # none is: what the folder lacks is drawn at random
+    ],
+)
+def test_a_wrong_modelling_file_is_found(
+    was: str, now: str, dropped: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = (formats.files("llm_drop.remote") / "modeling_llm_drop.py").read_text()
+    assert was in code
+    (tmp_path / "modeling_llm_drop.py").write_text(code.replace(was, now))
+    monkeypatch.setattr(formats, "files", lambda package: tmp_path)
+    with pytest.raises(RuntimeError, match="hf-remote: what was written gives other logits"):
+        export(dropped.to(torch.bfloat16), None, tmp_path / "out", "hf-remote")
+    assert not (tmp_path / "out").exists()
+
+
+def test_each_form_says_how_it_is_loaded(dropped: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats, "_same_in_fresh_process", lambda folder: None)
+    text = {
+        to: (export(dropped, None, tmp_path / to, to) / "README.md").read_text().partition("## Use")[2]
+        for to in formats.FORMATS
+    }
+    assert "import model_hooks" in text["hf"]
+    assert "trust_remote_code=True" in text["hf-remote"]
+    assert "AutoModelForCausalLM.from_pretrained" in text["zeroed"]
+    assert "DeciLMForCausalLM" in text["nemotron-nas"]
+    assert [to for to, use in text.items() if "model_hooks" in use] == ["hf"]
+    assert [to for to, use in text.items() if "from_pretrained" not in use] == ["nemotron-nas"]
 
 
 def test_nemotron_nas_describes_every_tensor(tmp_path: Path) -> None:

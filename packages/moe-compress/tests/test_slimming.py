@@ -107,6 +107,20 @@ def test_every_key_is_what_compressed_tensors_defines(
     assert (checked["quantised"], checked["bits"]) == (len(found), sorted(set(report["quantised"].values())))
 
 
+def test_a_tied_head_is_named_as_dense(sequences: torch.Tensor, tmp_path: Path) -> None:
+    """No file holds it, but plain transformers makes a module of it: it would look for packed weights there."""
+    from transformers import AutoModelForCausalLM
+
+    source = save_with_tokenizer(build(tie_word_embeddings=True), tmp_path / "m")
+    slim(source, tmp_path / "p", sequences, Slimming("gptq", **OF))
+    ignored = json.loads((tmp_path / "p/config.json").read_text())["quantization_config"]["ignore"]
+    assert "lm_head" in ignored
+    assert len(ignored) == len(set(ignored)) == 1 + 1 + 4 * 5  # embeddings, head, attention and routers
+    plain, info = AutoModelForCausalLM.from_pretrained(tmp_path / "p", output_loading_info=True)
+    assert not info["missing_keys"]
+    torch.testing.assert_close(logits(plain), logits(packing.load(tmp_path / "p")[0]), atol=1e-5, rtol=1e-5)
+
+
 def as_stored(model: Any) -> dict[str, torch.Tensor]:
     """The weights under the names that files have."""
     from transformers.core_model_loading import revert_weight_conversion

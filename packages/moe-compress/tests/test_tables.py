@@ -100,6 +100,43 @@ def test_budget_finetuning_and_tasks(cell: dict[str, Any], context: Context) -> 
     assert found["kept"] == {"value": 100, "se": 0.0}
 
 
+def test_a_step_of_finetuning_sees_the_global_batch(
+    cell: dict[str, Any], context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moe_compress import finetune
+
+    seen: list[Any] = []
+
+    def keep(config: Any) -> None:
+        config.output.mkdir()
+        seen.append(config)
+
+    monkeypatch.setattr(finetune, "finetune", keep)
+    row = {**cell, "tune": True, "steps": 3, "train": "zoo:train", "tune_length": 32}
+    settings = ({}, {"batch": 2, "accumulation": 8}, {"batch": 2, "accumulation": 2}, {"rank": 4})
+    assert len({folder_of({**row, **own}, context) for own in settings}) == 4
+    found = [(c.batch_size, c.accumulation, c.samples, c.max_steps, c.rank, c.alpha) for c in seen]
+    assert found == [(4, 1, 12, 3, 16, 32), (2, 8, 48, 3, 16, 32), (2, 2, 12, 3, 16, 32), (4, 1, 12, 3, 4, 8)]
+    paper = [unit.cell for unit in PAPER.tables()["finetuning"].units("paper")]
+    assert {c["batch"] * c["accumulation"] for c in paper} == {32}  # the authors' global batch
+
+
+def test_the_bytes_of_a_hub_model_are_those_of_the_files_that_hold_its_tensors(
+    cell: dict[str, Any], context: Context, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+    from moe_compress.workflow import weight_bytes
+
+    from model_hooks import load
+
+    load(folder)[0].save_pretrained(tmp_path / "cached", max_shard_size="300KB")
+    shards = list((tmp_path / "cached").glob("*.safetensors"))
+    assert len(shards) > 1
+    (tmp_path / "cached/consolidated.safetensors").write_bytes(b"the same weights once more")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(tmp_path / "cached"))
+    assert weight_bytes("owner/name") == sum(file.stat().st_size for file in shards)
+
+
 def test_unknown_words_name_the_nearest(cell: dict[str, Any], context: Context) -> None:
     with pytest.raises(TableError, match="did you mean 'layer'"):
         run({**cell, "drop": "layers"}, context)

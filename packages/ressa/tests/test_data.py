@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from ressa.data import BadRow, Example, example, read
-from ressa.encoding import IGNORED, Encoder, collate, encode_all, load_processor
+from ressa.encoding import IGNORED, Encoder, collate, encode_all
 
 from model_hooks.errors import RequestError
+from model_hooks.processors import load_processor
 from model_hooks.zoo import llava, shapes
 
 PICTURE = np.zeros((32, 32, 3), np.uint8)
@@ -80,6 +81,21 @@ def test_records_in_every_form(image: str, tmp_path: Path) -> None:
     assert [len(one.pictures()) for one in found] == [1, 1, 1, 2]
     assert found[2].messages[0]["content"][1]["text"] == "describe"
     assert all(one.pictures()[0].size == (32, 32) for one in found)
+
+
+def test_every_caption_is_an_example_to_train_on_and_all_are_references(
+    encoder: Encoder, image: str, tmp_path: Path
+) -> None:
+    several = {"image": image, "annotations_captions": ["red circle", "blue cross", "red circle"]}  # NoCaps' column
+    source = write(tmp_path, several, {"image": image, "caption": "green square"})
+    together, apart = read(source, 2), read(source, 4, apart=True)
+    assert [one.answers for one in together] == [("red circle", "blue cross", "red circle"), ("green square",)]
+    assert [one.answers for one in apart] == [("red circle",), ("blue cross",), ("red circle",), ("green square",)]
+    for one, row in zip(apart, encode_all(encoder, apart), strict=True):
+        assert encoder.tokenizer.decode(row["input_ids"][row["labels"] != IGNORED]) == f"{one.answer} </s>"
+    assert [one.answer for one in read(source, 2, apart=True)] == ["red circle", "blue cross"]
+    with pytest.raises(RequestError, match=r"rows.jsonl gives 4 examples, 5 are asked for; ask fewer"):
+        read(source, 5, apart=True, whole=True)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from ressa.distill import Objective
+from ressa.distill import Objective, has_features
 from torch import Tensor
+from vlmodels import FAMILIES, build
 
 from model_hooks import RequestError
 
@@ -65,6 +66,27 @@ def test_positions_are_real_tokens_with_or_without_images(positions: str, count:
     assert len(places) == count
     kd = 4 * sum(kl(teacher.logits[b, t - 1] / 2, student.logits[b, t - 1] / 2) for b, t in places) / count
     assert float(parts["kd"]) == pytest.approx(kd, rel=1e-5)
+
+
+def test_positions_of_a_decoder_are_those_with_a_label() -> None:
+    """The inputs are the text encoder's, which is of another length."""
+    model, (batch,) = build("instructblip")
+    wanted = batch.pop("decoder_input_ids")
+    wanted[0, 3:] = -100
+    assert batch["attention_mask"].shape[1] != wanted.shape[1]
+    with torch.no_grad():
+        student = model(**batch, labels=wanted)
+    teacher = SimpleNamespace(logits=student.logits + torch.randn(student.logits.shape))
+    found = {p: Objective(positions=p, image_token_id=90, shift=False)(student, teacher, wanted, batch)[1]["kd"]
+             for p in ("target", "text", "all")}  # fmt: skip
+    assert found["text"] == found["all"] == found["target"] > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_an_output_has_is_known_without_one(family: str) -> None:
+    model, (batch,) = build(family)
+    with torch.no_grad():
+        assert has_features(model) == hasattr(model(**batch), "image_hidden_states")
 
 
 def test_equal_logits_cost_nothing_and_the_teacher_gets_no_gradient() -> None:

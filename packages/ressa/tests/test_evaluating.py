@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from ressa.data import read
-from ressa.encoding import Encoder, collate, load_processor
+from ressa.encoding import Encoder, collate
 from ressa.evaluating import evaluate, generate
 
 from model_hooks import load
 from model_hooks.errors import RequestError
+from model_hooks.processors import load_processor
 from model_hooks.zoo import llava, shapes
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from ressa.arms import ARMS, masks_of, pruning_of, result_of
+from ressa.data import BadRow
 from ressa.tables import FIGURES, PAPER, run
 
+from model_hooks.errors import RequestError
 from paper_tables import Context
 from paper_tables.errors import TableError
 
@@ -38,6 +43,7 @@ def test_every_table_reads_and_names_what_is_known() -> None:
                 assert unit.cell["arm"] in ARMS
                 if unit.cell["arm"] != "dense":
                     assert 0 < pruning_of(unit.cell).sparsity < 1
+    assert "features" not in {unit.cell["row"] for unit in tables["ablation"].units("paper")}  # its model has none
     assert sum(len(t.claims) for t in tables.values()) >= 15
 
 
@@ -115,6 +121,53 @@ def test_tasks_are_averaged(context: Context) -> None:
     tasks = [{"data": "zoo:shapes:heldout", "samples": 6, "metric": metric} for metric in ("vqa", "exact")]
     found = run({**CELL, "arm": "dense", "figures": ["average"], "tasks": tasks, "measured": 12}, context)
     assert found["average"]["value"] == 100
+
+
+def test_tasks_of_a_row_that_another_table_has_measured(context: Context) -> None:
+    row = {**CELL, "arm": "none", "figures": ["exact", "zeros"], "measured": 6}
+    assert set(run(row, context)) == {"exact", "zeros"}
+    tasks = [{"data": "zoo:shapes:heldout", "samples": 6, "metric": "exact"}]
+    found = run({**row, "figures": ["exact", "average"], "tasks": tasks}, context)
+    assert found["average"]["value"] == pytest.approx(found["exact"]["value"])
+    three = [{**tasks[0], "samples": 3}]
+    assert run({**row, "figures": ["average"], "tasks": three}, context)["average"]["se"] != found["average"]["se"]
+
+
+def test_what_cannot_be_measured_is_said_before_training(
+    context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ressa import tables
+
+    rows(tmp_path, said=["red circle"])
+    cell = {**CELL, "arm": "ressa", "figures": ["average"]}
+    cell["tasks"] = [{"data": str(tmp_path / "rows.jsonl"), "samples": 1, "metric": "cider"}]
+    monkeypatch.setattr(tables, "result_of", lambda *a: pytest.fail("was trained"))
+    with pytest.raises(BadRow, match=r"rows.jsonl:1: no answer in it"):
+        run(cell, context)
+    monkeypatch.setattr(tables, "_measured", lambda *a: {"exact": {"value": 1.0}})
+    with pytest.raises(KeyError, match="zeros"):
+        run({**cell, "figures": ["exact", "zeros"]}, context)
+
+
+def test_training_sees_every_caption_and_images_are_not_held(context: Context, tmp_path: Path) -> None:
+    from ressa.arms import base_of
+    from ressa.repairing import Rows
+
+    rows(tmp_path, annotations_captions=["red circle", "blue cross", "green square"])
+    base, data = base_of({**CELL, "arm": "dense"}, context), str(tmp_path / "rows.jsonl")
+    examples, inputs = base.encoded(data, 3, train=True)
+    assert isinstance(inputs, Rows)
+    assert len(examples) == len(inputs) == 3
+    assert len({tuple(row["input_ids"][0].tolist()) for row in (inputs[i] for i in range(3))}) == 3
+    assert len(base.encoded(data, 1)[0][0].answers) == 3
+    with pytest.raises(RequestError, match="gives 3 examples, 4 are asked for"):
+        base.encoded(data, 4, train=True)
+
+
+def rows(folder: Path, **record: Any) -> None:
+    """A file of one record, rows.jsonl, with its image."""
+    Image.new("RGB", (32, 32)).save(folder / "one.png")
+    (folder / "rows.jsonl").write_text(json.dumps({"image": "one.png", **record}))
 
 
 def test_unknown_words_name_the_nearest(context: Context) -> None:

@@ -16,8 +16,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import started
+from ressa.data import BadRow
 from ressa.distill import IGNORED, Objective
-from ressa.teachercache import NONE, Answers, Cache, answers_of, targets_of
+from ressa.teachercache import KEYS, NONE, Answers, Cache, answers_of, targets_of
 from ressa.train import RepairConfig, repair
 from torch import Tensor
 
@@ -159,6 +160,32 @@ def test_a_killed_cache_goes_on(tmp_path: Path, command: Run) -> None:
     assert all((folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in names)
 
 
+def test_a_shard_of_bad_rows_alone_is_written_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every three examples the last is too long; a shard is one example."""
+    from ressa import teachercache
+    from safetensors.torch import load_file
+
+    request = teachercache.Request("zoo:llava", "zoo:shapes", 6, 0, 24, 2.0, 4, "float32")
+    whole, calls = teachercache._asked, []
+
+    def stops(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return whole(*args)
+
+    monkeypatch.setattr(teachercache, "_asked", stops)
+    with pytest.raises(KeyboardInterrupt):
+        teachercache.write(request, tmp_path / "taught", shard=1, skip_bad_rows=1)
+    with pytest.raises(BadRow, match="row 5: 27 tokens"):  # the second, with the one before the stop
+        teachercache.write(request, tmp_path / "taught", shard=1, skip_bad_rows=1)
+    teachercache.write(request, tmp_path / "taught", shard=1, skip_bad_rows=2)
+    shapes = [[list(load_file(file)[key].shape) for key in KEYS] for file in sorted(tmp_path.glob("taught/*0*"))]
+    assert shapes[2] == shapes[5] == [[0, 4], [0, 4], [0]]
+    assert shapes[0] == shapes[3] == [[2, 4], [2, 4], [2]]
+    assert [int(load_file(tmp_path / f"taught/0000000{i}.safetensors")["ends"]) for i in (1, 2)] == [2, 0]
+
+
 def test_what_does_not_fit_is_refused(sparse: Path, taught: Path, tmp_path: Path) -> None:
     right = RepairConfig(model=str(sparse), output=tmp_path / "out", teacher_cache=str(taught), **HOW)
     for changes, says in (
@@ -181,7 +208,9 @@ def test_what_does_not_fit_is_refused(sparse: Path, taught: Path, tmp_path: Path
 
 def test_another_vocabulary_or_other_examples_are_refused(sparse: Path, taught: Path, tmp_path: Path) -> None:
     from ressa.data import read
-    from ressa.encoding import Encoder, load_processor
+    from ressa.encoding import Encoder
+
+    from model_hooks.processors import load_processor
 
     record = json.loads((taught / "teacher.json").read_text())
     other = tmp_path / "other"

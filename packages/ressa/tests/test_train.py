@@ -141,6 +141,40 @@ def test_a_zeroed_base_needs_a_teacher(sparse: Path, pruned: Path, tmp_path: Pat
     assert repair(replace(config, teacher="zoo:llava", overwrite=True))["steps"] == 1
 
 
+def test_a_named_teacher_is_not_passed_over(pruned: Path, tmp_path: Path) -> None:
+    config = RepairConfig(model=str(pruned), output=tmp_path / "out", teacher="zoo:llava", **HOW)
+    with pytest.raises(RequestError, match=r"--teacher zoo:llava: .* holds its own dense weights, which teach; leave"):
+        repair(config)
+    assert not list(tmp_path.iterdir())
+
+
+def test_features_are_refused_before_the_first_step_where_the_output_has_none(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ressa import distill
+    from ressa.repairing import RessaTrainer
+
+    config = RepairConfig(model=str(pruned), output=tmp_path / "out", feature_weight=0.5, **HOW | {"max_steps": 1})
+    assert repair(config)["steps"] == 1
+    monkeypatch.setattr(distill, "FEATURES", "what_no_output_has")
+    monkeypatch.setattr(RessaTrainer, "__init__", lambda *a, **k: pytest.fail("has begun"))
+    with pytest.raises(RequestError, match="so feature_weight must be 0"):
+        repair(replace(config, output=tmp_path / "other"))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_data_with_less_than_asked_for_is_said(pruned: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (32, 32)).save(tmp_path / "one.png")
+    record = {"image": "one.png", "answers": ["red circle", "blue cross", "green square"]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(record))
+    data = str(tmp_path / "rows.jsonl")
+    config = RepairConfig(model=str(pruned), output=tmp_path / "out", data=data, **HOW | {"max_steps": 1})
+    with pytest.warns(UserWarning, match=r"rows.jsonl gives 3 examples, 320 are asked for"):
+        assert repair(config)["examples"] == 3
+
+
 def test_sparsegpt_keeps_its_teacher_apart(command: Callable[..., Any], tmp_path: Path) -> None:
     from ressa.adapters import attach
     from ressa.folders import load_base

@@ -17,6 +17,8 @@ from safetensors import safe_open
 
 from model_hooks import Card, RequestError, anatomy, checkpoint, drop, load, save
 from model_hooks.lean import FUSE
+from model_hooks.processors import load_processor
+from model_hooks.zoo import shapes
 
 CARD = Card(
     "someone/base", "attention of blocks 0 and 2 dropped", "arXiv 2406.15786", {"loss": 1.25, "KV bytes": 0.5}, {"n": 2}
@@ -154,6 +156,34 @@ def test_an_image_text_model(name: str, tmp_path: Path) -> None:
     again, _ = load(tmp_path / "m", tokenizer=False)
     assert type(again).__name__ == f"Lean{type(vlm(name)).__name__}"
     assert torch.equal(logits(again), logits(model))
+
+
+def test_the_processor_goes_with_an_image_text_model(tmp_path: Path) -> None:
+    model, tokenizer = load("zoo:llava")
+    tokenizer.add_tokens(["another"])
+    save(drop(model, attention=[1]), tmp_path / "m", tokenizer, card=CARD)
+    text = (tmp_path / "m" / "README.md").read_text()
+    assert 'AutoModelForImageTextToText.from_pretrained("this folder")' in text
+
+    processor, source = transformers.AutoProcessor.from_pretrained(tmp_path / "m"), load_processor("zoo:llava")
+    item = shapes.items("heldout", 1)[0]
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": item.question}]}]
+    got, want = (
+        p(images=item.image, text=p.apply_chat_template(chat, add_generation_prompt=True), return_tensors="pt")
+        for p in (processor, source)
+    )
+    assert got.keys() == want.keys() >= {"input_ids", "pixel_values"}
+    assert all(torch.equal(got[key], want[key]) for key in want)
+    assert len(processor.tokenizer) == len(source.tokenizer) + 1  # the tokenizer that was given
+
+
+def test_an_image_text_model_without_a_processor_is_saved_with_a_warning(tmp_path: Path) -> None:
+    model, tokenizer = load("zoo:llava")
+    model.name_or_path = str(tmp_path / "gone")
+    with pytest.warns(UserWarning, match="no processor is saved beside the model: no folder"):
+        save(model, tmp_path / "m", tokenizer, card=CARD)
+    assert (tmp_path / "m" / "tokenizer.json").exists()
+    assert not (tmp_path / "m" / "processor_config.json").exists()
 
 
 def test_dropping_goes_on_after_a_reload(tmp_path: Path) -> None:

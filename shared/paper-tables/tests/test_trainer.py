@@ -20,4 +20,3 @@ def test_a_checkpoint_is_called_whole_when_all_processes_have_written(monkeypatc
     trainer.accelerator = type("All", (), {"wait_for_everyone": lambda self: said.append("waited")})()
     trainer._save_rng_state(str(tmp_path))
     assert said == ["own file", "waited"]
-

@@ -14,6 +14,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,15 @@ from model_hooks import Card, RequestError, save
 from model_hooks.files import atomic_folder
 
 NO_GAIN = "zeroed: same outputs as the dropped model, but no gain in speed or memory; use it where nothing else loads"
+REMOTE_USE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("this folder", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("this folder", trust_remote_code=True)
+```"""
+NAS_USE = """transformers has no such architecture. Load it with an engine that runs `DeciLMForCausalLM`, such as vLLM,
+which reads `config.json` through NVIDIA's `configuration_decilm.py`. Names and shapes of the tensors were checked here,
+no engine's outputs."""
 
 
 def export(
@@ -50,7 +60,7 @@ def _hf_remote(model: Any, tokenizer: Any, folder: Path, card: Card, overwrite: 
     if not _edits(model):
         raise RequestError("hf-remote: this model is a stock one (only whole blocks are gone, if anything); use hf")
     with atomic_folder(folder, overwrite, source) as part:
-        save(model, part / "model", tokenizer, card=card, verify=False)
+        save(model, part / "model", tokenizer, card=replace(card, use=REMOTE_USE))
         for file in (part / "model").iterdir():
             file.rename(part / file.name)
         (part / "model").rmdir()
@@ -62,68 +72,80 @@ def _hf_remote(model: Any, tokenizer: Any, folder: Path, card: Card, overwrite: 
             "AutoModelForCausalLM": "modeling_llm_drop.LLMDropForCausalLM",
         }
         (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        _same_in_fresh_process(model, part)
+        _same_in_fresh_process(part)
     return folder
 
 
 _PROBE = """
 import sys, torch
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, dtype="auto").eval()
+folder, ids, logits, threads = sys.argv[1:]
+torch.set_num_threads(int(threads))
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto").eval()
 assert "model_hooks" not in sys.modules and "llm_drop" not in sys.modules
 with torch.no_grad():
-    torch.save(model(input_ids=torch.load(sys.argv[2]), use_cache=False).logits, sys.argv[3])
+    torch.save(model(input_ids=torch.load(ids), use_cache=False).logits, logits)
 """
 
 
 @torch.no_grad()
-def _same_in_fresh_process(model: Any, folder: Path) -> None:
-    """The folder must load in a process that knows nothing of this package, with the same logits."""
+def _same_in_fresh_process(folder: Path) -> None:
+    """A process that knows nothing of this package must get from the folder the logits that this one gets.
+
+    `save` has compared what this one gets with the model, wherever that runs. Here both sides read the same files, on
+    the CPU and with as many threads, so that nothing but the modelling file can make them differ.
+    """
+    import os
     import tempfile
 
+    from model_hooks import load
     from model_hooks.trace import small_input
 
+    again, _ = load(folder, tokenizer=False)
+    tokens = small_input(again)
+    want = again(input_ids=tokens, use_cache=False).logits
+    del again
     with tempfile.TemporaryDirectory() as scratch:
         ids, logits = Path(scratch) / "ids.pt", Path(scratch) / "logits.pt"
-        torch.save(small_input(model).cpu(), ids)
-        command = [sys.executable, "-c", _PROBE, str(folder.resolve()), str(ids), str(logits)]
-        import os
-
+        torch.save(tokens, ids)
+        given = (str(folder.resolve()), str(ids), str(logits), str(torch.get_num_threads()))
         cache = {"HF_MODULES_CACHE": str(Path(scratch) / "modules"), "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **cache})
+        done = subprocess.run(
+            [sys.executable, "-c", _PROBE, *given], capture_output=True, text=True, env={**os.environ, **cache}
+        )
         if done.returncode:
-            raise RuntimeError(f"hf-remote: the folder does not load by itself: {done.stderr.strip().splitlines()[-1]}")
+            said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+            raise RuntimeError(f"hf-remote: the folder does not load by itself: {said[-1]}")
         got = torch.load(logits)
-    _compare("hf-remote", model(input_ids=small_input(model), use_cache=False).logits.cpu(), got)
+    error = float((want - got).abs().max())
+    if not error <= 4 * torch.finfo(want.dtype).eps * float(want.abs().max()):  # NaN is an error too
+        raise RuntimeError(f"hf-remote: what was written gives other logits (off by {error:.2e}); nothing was kept")
 
 
 def _zeroed(model: Any, tokenizer: Any, folder: Path, card: Card, overwrite: bool, source: Any) -> Path:
     if any(edit["bias"] for edit in _edits(model)):
         raise RequestError("zeroed: the stock architecture has no place for repair constants; drop without --repair")
-    stock = zeroed(model)
-    note = Card(card.base, f"{card.method}. {NO_GAIN}", card.source, card.measured, card.settings)
-    return save(stock, folder, tokenizer, card=note, overwrite=overwrite, source=source)
+    note = replace(card, method=f"{card.method}. {NO_GAIN}")
+    return save(_with_zeros(model), folder, tokenizer, card=note, overwrite=overwrite, source=source, like=model)
 
 
-@torch.no_grad()
-def zeroed(model: Any) -> Any:
-    """A stock model with `model`'s outputs: what was dropped is there again, with zero weights.
+def _with_zeros(model: Any) -> Any:
+    """The stock model, to be saved: what was dropped is there again, with zero weights.
 
     A sublayer whose weights are all zero adds zero in every layout: a norm of zeros is zero too.
     """
-    from transformers import AutoModelForCausalLM
-
-    from model_hooks.trace import small_input
-
-    stock = AutoModelForCausalLM.from_config(_stock_config(model), dtype=model.dtype).eval()
+    with torch.device("meta"):
+        stock = getattr(type(model), "lean_base", type(model))(_stock_config(model))
     own = model.state_dict()
     left_over = sorted(own.keys() - stock.state_dict().keys())
     if left_over:
         raise RequestError(f"zeroed: the stock architecture has no place for {left_over[0]}")
-    state = {k: own[k].cpu() if k in own else torch.zeros_like(v) for k, v in stock.state_dict().items()}
-    stock.load_state_dict(state)
-    ids = small_input(model)
-    _compare("zeroed", model(input_ids=ids, use_cache=False).logits.cpu(), stock(ids.cpu(), use_cache=False).logits)
+    state = {
+        k: own[k].cpu() if k in own else torch.zeros(v.shape, dtype=model.dtype) for k, v in stock.state_dict().items()
+    }
+    stock.load_state_dict(state, assign=True)
+    stock.tie_weights()
+    stock.name_or_path = model.name_or_path
     return stock
 
 
@@ -150,7 +172,7 @@ def _nemotron_nas(model: Any, tokenizer: Any, folder: Path, card: Card, overwrit
         (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
-        (part / "README.md").write_text(card.markdown(model))
+        (part / "README.md").write_text(replace(card, use=NAS_USE, library="vllm").markdown(model))
         check_nemotron_nas(part)
     return folder
 
@@ -226,12 +248,6 @@ def check_nemotron_nas(folder: Path) -> None:
 
 def _edits(model: Any) -> list[dict[str, Any]]:
     return list((getattr(model.config, "lean", None) or {}).get("edits", ()))
-
-
-def _compare(form: str, want: torch.Tensor, got: torch.Tensor) -> None:
-    error = float((want - got).abs().max())
-    if error > 1e-5 * float(want.abs().max()):
-        raise RuntimeError(f"{form}: what was written gives other logits (off by {error:.2e}); nothing was kept")
 
 
 FORMATS: dict[str, Callable[..., Path]] = {

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model_hooks.errors import RequestError
 from model_hooks.experts import MoeLayer, moe_layers
@@ -225,7 +225,7 @@ class _Work:
                 if found.is_file() and not found.name.endswith(NOT_COPIED):
                     shutil.copy(found, part / found.name)
             if quantised:
-                _describe(part, quantised, self.setup.how)
+                _describe(part, stream, quantised, self.setup.how)
             report = self._report(part, quantised)
             atomic_write(part / REPORT, json.dumps(report, indent=1) + "\n")
             _read_back(part, self.parts, layers)
@@ -284,17 +284,22 @@ def _index(part: Path, names: list[tuple[Path, list[str]]]) -> None:
     (part / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
-def _describe(part: Path, quantised: dict[str, int], how: Slimming) -> None:
-    """Say in config.json what is packed, and which matrices are not."""
+def _describe(part: Path, stream: LayerStream, quantised: dict[str, int], how: Slimming) -> None:
+    """Say in config.json what is packed, and which matrices are not: those in the files, and the model's own, since a
+    tied output head is in no file."""
     from safetensors import safe_open
 
-    dense = []
+    packed = {stream.names.get(key, key) for key in (f"{name}.weight" for name in quantised)}
+    dense = {
+        name for name, module in stream.model.named_modules()
+        if isinstance(module, nn.Linear) and f"{name}.weight" not in packed
+    }  # fmt: skip
     for file in part.glob("*.safetensors"):
         with safe_open(file, framework="pt") as opened:
-            dense += [
+            dense |= {
                 key.removesuffix(".weight") for key in opened.keys()  # noqa: SIM118
                 if key.endswith(".weight") and len(opened.get_slice(key).get_shape()) == 2
-            ]  # fmt: skip
+            }  # fmt: skip
     config = json.loads((part / "config.json").read_text())
     config["quantization_config"] = packing.quantization_config(quantised, dense, how.group, how.symmetric)
     (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")

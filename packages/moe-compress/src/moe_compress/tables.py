@@ -5,7 +5,8 @@ A row is a chain of what may be done to a model, in this order, each made throug
     model, dtype, calibration, samples, length    the base, and the data that all steps look at
     drop: none, expert, layer or block            with n: experts kept in a layer, MoE layers or blocks dropped;
                                                   scope, metric and repair as in `select_experts` and `repair_routers`
-    tune                                          `steps` of LoRA, on `train`, with learning `rate`
+    tune                                          `steps` of LoRA of a `rank`, on `train`, with learning `rate`; each
+                                                  step sees `accumulation` batches of `batch` sequences
     slim: none, or a method                       with sparsity, pattern, bits, group, policy
     budget                                        share of the bytes that may remain: drops and bits are solved for
 
@@ -27,7 +28,7 @@ Cell = Mapping[str, Any]
 DROPS = ("none", "expert", "layer", "block")
 BASE = ("model", "dtype", "calibration", "samples", "length")
 TRIM = (*BASE, "drop", "n", "scope", "metric", "reverse", "repair", "seed")
-TUNE = (*TRIM, "tune", "steps", "rate", "train", "tune_length")
+TUNE = (*TRIM, "tune", "steps", "batch", "accumulation", "rank", "rate", "train", "tune_length")
 SLIM = (*TUNE, "slim", "sparsity", "pattern", "bits", "group", "policy", "min_tokens", "budget")
 
 
@@ -113,13 +114,14 @@ def _scores(cell: Cell) -> Any:
 def _tuned(cell: Cell, source: str, folder: Path) -> None:
     from moe_compress.finetune import TuneConfig, finetune
 
-    steps, batch = cell["steps"], cell.get("batch", 4)
+    steps, batch, accumulation = cell["steps"], cell.get("batch", 4), cell.get("accumulation", 1)
     finetune(
         TuneConfig(
-            model=source, output=folder, data=cell["train"], samples=steps * batch, length=cell["tune_length"],
-            heldout=cell["calibration"], heldout_samples=4, max_steps=steps, batch_size=batch, accumulation=1,
-            learning_rate=cell.get("rate", 0.0), rank=cell.get("rank", 16), alpha=2 * cell.get("rank", 16),
-            seed=cell["seed"], bf16=cell.get("dtype") == "bfloat16",
+            model=source, output=folder, data=cell["train"], samples=steps * batch * accumulation,
+            length=cell["tune_length"], heldout=cell["calibration"], heldout_samples=4, max_steps=steps,
+            batch_size=batch, accumulation=accumulation, learning_rate=cell.get("rate", 0.0),
+            rank=cell.get("rank", 16), alpha=2 * cell.get("rank", 16), seed=cell["seed"],
+            bf16=cell.get("dtype") == "bfloat16",
         )
     )  # fmt: skip
 
@@ -190,7 +192,9 @@ def _accuracies(cell: Cell, context: Context, folder: str) -> dict[str, Any]:
         error = sum(f.get("se", 0.0) ** 2 for f in percent.values()) ** 0.5 / len(percent)
         return {**percent, "accuracy": {"value": mean, "se": error}}
 
-    found: dict[str, Any] = context.once(("tasks", folder, tuple(cell["tasks"]), cell.get("limit")), measure)
+    found: dict[str, Any] = context.once(
+        ("tasks", folder, tuple(cell["tasks"]), cell.get("limit"), str(cell.get("shots"))), measure
+    )
     return found
 
 

@@ -221,10 +221,13 @@ def evaluate(
 
 
 def weight_bytes(source: str) -> int:
-    """Bytes of a checkpoint's weights in its files; 0 for a hub id that is not here."""
-    from model_hooks.loading import resolve
+    """Bytes of the files that hold a checkpoint's tensors; those of a hub id are downloaded into the hub's cache.
 
-    return sum(file.stat().st_size for file in Path(resolve(source)).glob("*.safetensors"))
+    Raises `RequestError` where there are none.
+    """
+    from model_hooks.layer_stream import checkpoint_files, checkpoint_folder
+
+    return sum(file.stat().st_size for file in set(checkpoint_files(checkpoint_folder(source)).values()))
 
 
 def versions() -> dict[str, str]:

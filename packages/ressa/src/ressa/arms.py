@@ -48,17 +48,24 @@ class Model:
     processor: Any
     branches: Any
     encoder: Any
-    rows: dict[Any, Any] = field(default_factory=dict)  # encoded examples by (source, count, seed)
+    rows: dict[Any, Any] = field(default_factory=dict)  # by what `encoded` was given
 
-    def encoded(self, source: str, count: int, seed: int = 0) -> tuple[list[Any], list[Any]]:
-        """Examples and their inputs, made once."""
-        from ressa.data import read
+    def encoded(self, source: str, count: int, seed: int = 0, train: bool = False) -> tuple[list[Any], Any]:
+        """Examples and their inputs, made once. train: An example for each answer; what is not drawn is encoded only
+        when it is asked for, since the images of a whole data set do not fit in memory."""
+        from ressa.data import SHAPES, read
         from ressa.encoding import encode_all
 
-        if (source, count, seed) not in self.rows:
-            examples = read(source, count, seed=seed)
-            self.rows[source, count, seed] = (examples, encode_all(self.encoder, examples))
-        found: tuple[list[Any], list[Any]] = self.rows[source, count, seed]
+        key = (source, count, seed, train)
+        if key not in self.rows:
+            examples = read(source, count, seed=seed, apart=train, whole=True)
+            if train and not source.startswith(SHAPES):
+                from ressa.repairing import Rows
+
+                self.rows[key] = (examples, Rows(self.encoder, examples))
+            else:
+                self.rows[key] = (examples, encode_all(self.encoder, examples))
+        found: tuple[list[Any], Any] = self.rows[key]
         return found
 
 
@@ -183,7 +190,7 @@ def _trained(cell: Cell, base: Model, masks: dict[str, Any], arm: str) -> Any:
             from ressa.branches import find_branches
 
             model, teach, _ = repairing.prepared(config, dense, find_branches(dense.model))
-        _, rows = base.encoded(cell["data"], cell["samples"], cell["seed"])
+        _, rows = base.encoded(cell["data"], cell["samples"], cell["seed"], train=True)
         arguments = repairing.arguments(config, None)
         repairing.run(config, arguments, model, teach, rows, base.encoder)
     return _merged(model, masks, arm)

@@ -8,7 +8,8 @@ A source is one of
     OWNER/NAME[:CONFIG[:SPLIT]]    a hub dataset, read as a stream; the split is "train" if none is named
 
 A record has `image` (or `images`), which are file names beside the file, bytes or PIL images; and either `question`
-with `answer` (or `answers`, those of several people), or `caption`, or `messages` in chat form.
+with `answer` (or `answers`, those of several people), or `caption` (or `annotations_captions`, as NoCaps has it), or
+`messages` in chat form.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from model_hooks.errors import RequestError
 
 PROMPT = "describe"  # before a caption, where the record has no question
 SHAPES = "zoo:shapes"
+ANSWERS = ("answers", "answer", "caption", "annotations_captions")  # the columns that may hold one or several
 FORMS = "image with question and answer, image with caption, or image with messages"
 
 
@@ -53,11 +55,24 @@ class Example:
         """The images, PIL in RGB."""
         return [open_image(image, self.where) for image in self.images]
 
+    def answered(self, answer: str) -> Example:
+        """The same with this answer alone."""
+        said = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+        return replace(self, messages=(*self.messages[:-1], said), answers=(answer,))
 
-def read(source: str, samples: int, *, seed: int = 0, skip_bad_rows: int = 0) -> list[Example]:
+    def apart(self) -> list[Example]:
+        """An example for each of the answers."""
+        return [self] if len(self.answers) == 1 else [self.answered(answer) for answer in self.answers]
+
+
+def read(
+    source: str, samples: int, *, seed: int = 0, skip_bad_rows: int = 0, apart: bool = False, whole: bool = False
+) -> list[Example]:  # fmt: skip
     """The first `samples` examples of `source`, fewer where it has fewer.
 
-    seed: Of the drawn shapes alone. skip_bad_rows: So many records that cannot be used are passed over.
+    seed: Of the drawn shapes alone. skip_bad_rows: So many records that cannot be used are passed over. apart: A record
+    is an example for each of its answers, to train on; else one, with all of them to measure by. whole: Fewer than
+    `samples` are refused.
 
     Raises `RequestError` for a source that cannot be read, holds no record or no image; `BadRow` for a record.
     """
@@ -67,19 +82,22 @@ def read(source: str, samples: int, *, seed: int = 0, skip_bad_rows: int = 0) ->
     skipped: list[str] = []
     for where, record in _records(source, samples, seed):
         try:
-            found.append(example(record, where, base=Path(source).parent))
+            one = example(record, where, base=Path(source).parent)
+            found += one.apart() if apart else [one]
         except BadRow as error:
             skipped.append(str(error))
             if len(skipped) > skip_bad_rows:
                 more = f"; {skip_bad_rows} were passed over before" if skip_bad_rows else ""
                 raise BadRow(f"{error}{more}; mend it, or give --skip-bad-rows {len(skipped)} or more") from None
-        if len(found) == samples:
+        if len(found) >= samples:
             break
     if not found:
         raise RequestError(
             f"{source} gives no examples{f', {len(skipped)} bad ones were passed over' if skipped else ''}"
         )
-    return found
+    if whole and len(found) < samples:
+        raise RequestError(f"{source} gives {len(found)} examples, {samples} are asked for; ask fewer")
+    return found[:samples]
 
 
 def _records(source: str, samples: int, seed: int) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -196,7 +214,7 @@ def _conversation(record: Mapping[str, Any], where: str, images: int) -> tuple[t
             raise BadRow(f"{where}: the last message is the {messages[-1]['role']}'s; an assistant's is needed")
         said = " ".join(part["text"] for part in messages[-1]["content"] if part["type"] == "text")
         return messages, (said,)
-    answers: Any = record.get("answers") or record.get("answer") or record.get("caption")
+    answers: Any = next((record[name] for name in ANSWERS if record.get(name)), None)
     answers = [answers] if isinstance(answers, str) else answers
     if not isinstance(answers, (list, tuple)) or not all(isinstance(a, str) and a.strip() for a in answers):
         raise BadRow(f"{where}: no answer in it; a record needs {FORMS}")

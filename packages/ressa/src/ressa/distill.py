@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,9 @@ from torch import Tensor
 from model_hooks.errors import RequestError
 from ressa.encoding import IGNORED
 from ressa.teachercache import Answers, targets_of
+
+FEATURES = "image_hidden_states"  # of an output: the images' vectors, as the connector gives them
+NO_FEATURES = f"this model's output has no {FEATURES}, so feature_weight must be 0"
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class Objective:
         kl_weight: w, 0 to 1.
         temperature: T, of both sides; "ours" multiplies by T squared, so that gradients keep their size.
         positions: Tokens where L_KD counts: target (those with a label), text (all but images and padding) or all (all
-            but padding).
+            but padding). A decoder behind a text encoder has only such with a label, so there they are all the same.
         loss_mode: ours, the mean over these tokens; or original, the sum over all positions divided by the batch size,
             without T squared, as the authors' code computes it.
         feature_weight: Of 1 - cosine between the images' vectors that both hand to the language model.
@@ -111,7 +115,7 @@ class Objective:
 
     def _chosen(self, labels: Tensor, inputs: dict[str, Tensor] | None) -> Tensor:
         """Where the divergence counts, bool, aligned with the logits: places whose next token is wanted."""
-        if self.positions == "target":
+        if self.positions == "target" or not self.shift:
             chosen = labels != IGNORED
         else:
             chosen = self._real(labels, inputs)
@@ -137,9 +141,17 @@ class Objective:
 
 def _feature(student: Any, teacher: Any) -> Tensor:
     """1 - mean cosine of the connectors' outputs, each a tensor [images, tokens, H] or [tokens, H] or several such."""
-    ours, theirs = (getattr(output, "image_hidden_states", None) for output in (student, teacher))
+    ours, theirs = (getattr(output, FEATURES, None) for output in (student, teacher))
     if ours is None or theirs is None:
-        raise RequestError("this model's output has no image_hidden_states, so feature_weight must be 0")
+        raise RequestError(NO_FEATURES)
     pairs = [(ours, theirs)] if isinstance(ours, Tensor) else list(zip(ours, theirs, strict=True))
     alike = [F.cosine_similarity(a.float(), b.detach().float(), dim=-1).flatten() for a, b in pairs]
     return 1 - torch.cat(alike).mean()
+
+
+def has_features(model: Any) -> bool:
+    """Whether the outputs of `model`, with or without adapters, have what `feature_weight` compares: by the classes
+    that its forward says it returns."""
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    said = inspect.signature(type(plain).forward, eval_str=True).return_annotation
+    return any(FEATURES in getattr(kind, "__dataclass_fields__", ()) for kind in get_args(said) or (said,))

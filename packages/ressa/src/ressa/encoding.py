@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,24 +14,6 @@ from ressa.data import BadRow, Example
 IGNORED = -100
 SEQUENCES = ("labels", "token_type_ids", "mm_token_type_ids")  # beside what ends on one of the next
 ENDINGS = ("input_ids", "attention_mask")
-
-
-def load_processor(source: str | Path) -> Any:
-    """The processor of a checkpoint folder, hub id or zoo:NAME. Raises `RequestError` where it has none for images."""
-    from model_hooks.loading import quiet, resolve
-
-    where = resolve(source)
-    from transformers import AutoProcessor
-
-    try:
-        with quiet():
-            processor = AutoProcessor.from_pretrained(where)
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise RequestError(f"{source}: its processor does not load ({reason}); copy the base model's files") from None
-    if getattr(processor, "image_processor", None) is None:
-        raise RequestError(f"{source} has no processor for images; give a vision-language model")
-    return processor
 
 
 class Encoder:

@@ -127,14 +127,9 @@ def retrieval(model: Any, encoder: Encoder, examples: Sequence[Example], batch_s
     for one in examples:
         same = [other for other in examples if other.messages[:-1] == one.messages[:-1]]
         answers = list(dict.fromkeys(other.answer for other in same))
-        rows = encode_all(encoder, [_answered(one, answer) for answer in answers])
+        rows = encode_all(encoder, [one.answered(answer) for answer in answers])
         _, nats, tokens = taught(model, rows, encoder, batch_size)
         likely = [-n / t for n, t in zip(nats, tokens, strict=True)]
         for k in CUTOFFS:
             right[k].append(scores.recall_at(k, [likely], [answers.index(one.answer)]))
     return {f"recall@{k}": scores.mean_and_error(values) for k, values in right.items()}
-
-
-def _answered(one: Example, answer: str) -> Example:
-    said = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
-    return Example(one.images, (*one.messages[:-1], said), (answer,), one.kind, one.where)

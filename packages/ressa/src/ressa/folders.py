@@ -67,7 +67,7 @@ def load_base(folder: str | Path, teacher: str = "", dtype: Any = "float32") -> 
     Raises `RequestError` where a teacher is wanted and there are no dense weights, or the teacher is another model.
     """
     from model_hooks import load
-    from ressa.encoding import load_processor
+    from model_hooks.processors import load_processor
     from ressa.masks import load_masks
 
     dense = has_dense(folder, teacher)
@@ -85,9 +85,12 @@ def load_base(folder: str | Path, teacher: str = "", dtype: Any = "float32") -> 
 
 
 def has_dense(folder: str | Path, teacher: str) -> bool:
-    """Whether a pruned folder holds its dense weights. Raises `RequestError` where they are wanted and not there."""
+    """Whether a pruned folder holds its dense weights. Raises `RequestError` where they are wanted and not there, or
+    are there and another teacher is named."""
     record = pruned_folder(folder)
     if record["dense"] or (Path(folder) / DENSE).is_file():
+        if teacher not in ("", "none"):
+            raise RequestError(f"--teacher {teacher}: {folder} holds its own dense weights, which teach; leave it out")
         return True
     if teacher == "":
         raise RequestError(f"{folder}: {NO_TEACHER}")
@@ -119,7 +122,7 @@ def _check_same(dense: Any, folder: str | Path, masks: dict[str, Any], dtype: An
 def load_any(name: str | Path, dtype: str = "auto", device_map: str = "") -> tuple[Any, Any]:
     """A model to measure, with its processor: a checkpoint, or adapters on the base that they name."""
     from model_hooks.loading import load_placed
-    from ressa.encoding import load_processor
+    from model_hooks.processors import load_processor
 
     if not is_adapter(name):
         return load_placed(name, dtype, device_map)[0], load_processor(name)

@@ -40,7 +40,7 @@ def quantise(folder: str | Path, output: str | Path, form: str, *, overwrite: bo
     """
     from model_hooks import load
     from model_hooks.files import atomic_folder
-    from ressa.encoding import load_processor
+    from model_hooks.processors import load_processor
 
     if form not in SCHEMES:
         raise RequestError(f"form {form!r} is not accepted; give {' or '.join(SCHEMES)}")

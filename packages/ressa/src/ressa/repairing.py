@@ -20,12 +20,14 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
+from model_hooks.errors import RequestError
 from model_hooks.loading import quiet
 from paper_tables import progress, trainer
 from paper_tables.errors import WorkFailed
 from paper_tables.launch import is_main_process
 from paper_tables.training import LOG
 from ressa.data import Example
+from ressa.distill import NO_FEATURES, Objective, has_features
 from ressa.encoding import Encoder, collate, encoder_of
 from ressa.sharding import gathered, loaded_whole, prepare_for_splitting
 from ressa.teachercache import KEYS, Answers, Cache
@@ -68,7 +70,7 @@ class Rows(Dataset[dict[str, Tensor]]):
         return row if self.cache is None else row | self.cache.of(place, row)
 
 
-class RessaTrainer(Trainer):
+class RessaTrainer(trainer.WholeCheckpoints, Trainer):
     """Trainer whose loss is the paper's (1 - w) L_task + w L_KD, and whose checkpoints hold what is trained alone.
 
     objective: a `distill.Objective`. teach: from what the model is given to the teacher's output, or None.
@@ -173,8 +175,11 @@ def run(
 ) -> dict[str, Any]:
     """Train what of `model` asks for gradients. Returns steps, loss, trainable and seconds; the model is in eval mode.
 
-    Raises `WorkFailed` where the loss is no number any more.
+    Raises `WorkFailed` where the loss is no number any more; `RequestError` before the first step where the model's
+    output lacks what `feature_weight` compares.
     """
+    if config.feature_weight and not has_features(model):
+        raise RequestError(NO_FEATURES)
     began = time.monotonic()
     checkpoint = trainer.checkpoint_of(config)
     with quiet(), progress("training steps") as bar:
@@ -198,8 +203,6 @@ def run(
 
 def objective_of(config: RepairConfig, encoder: Encoder) -> Any:
     """The loss that `config` asks for."""
-    from ressa.distill import Objective
-
     return Objective(
         kl_weight=config.kl_weight, temperature=config.temperature, positions=config.positions,
         loss_mode=config.loss_mode, feature_weight=config.feature_weight, image_token_id=encoder.image_token_id,
@@ -213,14 +216,13 @@ def fit(config: RepairConfig, arguments: Any) -> tuple[dict[str, Any], Callable[
     Raises `RequestError` and `WorkFailed`, as `repair` says.
     """
     from ressa.branches import find_branches
-    from ressa.data import read
     from ressa.folders import load_base
 
     set_seed(config.seed)
     with loaded_whole(arguments):
         base = load_base(config.model, config.wanted_teacher, torch.bfloat16 if config.bf16 else torch.float32)
     encoder = encoder_of(base.model.config, base.processor, config.max_length)
-    examples = read(config.data, config.samples, seed=config.seed, skip_bad_rows=config.skip_bad_rows)
+    examples = config.examples()
     cache = Cache(config.teacher_cache) if config.teacher_cache else None
     rows = Rows(encoder, examples, config.record()["left_out"], cache)
     branches = find_branches(base.model)
@@ -228,7 +230,7 @@ def fit(config: RepairConfig, arguments: Any) -> tuple[dict[str, Any], Callable[
     if arguments.deepspeed_plugin is not None and arguments.deepspeed_plugin.zero_stage == 3:
         prepare_for_splitting(model, teach is not None)
     result = run(config, arguments, model, teach, rows, encoder)
-    return {"output": config.output, **result}, write
+    return {"output": config.output, "examples": len(rows), **result}, write
 
 
 def prepared(config: RepairConfig, base: Any, branches: Any) -> tuple[Any, Teach | None, Callable[[Path], None]]:

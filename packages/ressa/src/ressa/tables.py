@@ -16,6 +16,7 @@ figures                                           exact, perplexity, average, ke
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from paper_tables import Context, Paper, tables_folder
@@ -23,6 +24,7 @@ from paper_tables.errors import TableError, nearest
 from ressa.arms import ARMS, PRUNED, TRAINED, Cell, Result, base_of, keyed, result_of
 
 FIGURES = ("exact", "perplexity", "average", "kept", "gained", "zeros")
+WITHOUT = {"dense": ("gained", "zeros"), "none": ("gained",)}  # figures that mean nothing for an arm
 
 
 def run(cell: Cell, context: Context) -> dict[str, Any]:
@@ -32,20 +34,24 @@ def run(cell: Cell, context: Context) -> dict[str, Any]:
     unknown = [name for name in cell["figures"] if name not in FIGURES]
     if unknown:
         raise TableError(f"unknown figure {unknown[0]!r}{nearest(unknown[0], FIGURES)}")
+    wanted = [name for name in cell["figures"] if name not in WITHOUT.get(cell["arm"], ())]
+    if "average" in wanted:
+        _tasks(cell, context)  # before anything is trained: a column that is not there is known at once
     found = dict(_measured(cell, context))
-    if "kept" in cell["figures"]:
+    if "kept" in wanted:
         dense = _measured({**cell, "arm": "dense"}, context)["exact"]["value"]
         found["kept"] = {k: 100 * v / dense for k, v in found["exact"].items()}
-    if "gained" in cell["figures"] and cell["arm"] not in ("dense", "none"):
+    if "gained" in wanted:
         found["gained"] = found["exact"]["value"] - _measured({**cell, "arm": "none"}, context)["exact"]["value"]
-    return {name: found[name] for name in cell["figures"] if name in found}
+    return {name: found[name] for name in wanted}
 
 
 def _measured(cell: Cell, context: Context) -> dict[str, Any]:
     """Figures of the row's own model; those of the dense and of the unrepaired one are shared by all rows and seeds."""
     arm = cell["arm"]
     names = {"dense": ("model", "dtype"), "none": PRUNED}.get(arm, (*TRAINED, "full_rate"))
-    key = ("figures", arm, *keyed(cell, (*names, "heldout", "measured")))
+    average = ("tasks",) if "average" in cell["figures"] else ()  # the figure that is not always taken
+    key = ("figures", arm, *keyed(cell, (*names, "heldout", "measured", *average)))
     found: dict[str, Any] = context.once(key, lambda: _figures(cell, context, result_of(cell, context)))
     return found
 
@@ -61,7 +67,7 @@ def _figures(cell: Cell, context: Context, result: Result) -> dict[str, Any]:
         "perplexity": {k: found["perplexity"][k] for k in ("value", "se")},
     }
     if "average" in cell["figures"]:
-        figures["average"] = _average(cell, base, result.model)
+        figures["average"] = _average(cell, context, base, result.model)
     if not result.masks:
         return figures
     pruned = sum(int((~mask).sum()) for mask in result.masks.values())
@@ -69,15 +75,23 @@ def _figures(cell: Cell, context: Context, result: Result) -> dict[str, Any]:
     return {**figures, "zeros": 100 * zeros / max(1, pruned)}
 
 
-def _average(cell: Cell, base: Any, model: Any) -> dict[str, float]:
-    """The mean of the tasks' figures, in percent."""
+def _tasks(cell: Cell, context: Context) -> list[tuple[list[Any], str]]:
+    """Examples and metric of each task; the examples are read once."""
     from ressa.data import read
-    from ressa.evaluating import evaluate
 
     found = []
     for task in cell["tasks"]:
-        examples = read(task["data"], task["samples"], skip_bad_rows=task.get("skip_bad_rows", 0))
-        found.append(evaluate(model, base.encoder, examples, [task["metric"]])[task["metric"]])
+        how = {"skip_bad_rows": task.get("skip_bad_rows", 0), "whole": True}
+        key = ("task", task["data"], task["samples"], *how.items())
+        found.append((context.once(key, partial(read, task["data"], task["samples"], **how)), task["metric"]))
+    return found
+
+
+def _average(cell: Cell, context: Context, base: Any, model: Any) -> dict[str, float]:
+    """The mean of the tasks' figures, in percent."""
+    from ressa.evaluating import evaluate
+
+    found = [evaluate(model, base.encoder, e, [metric])[metric] for e, metric in _tasks(cell, context)]
     error = sum(one["se"] ** 2 for one in found) ** 0.5 / len(found)
     return {"value": 100 * sum(one["value"] for one in found) / len(found), "se": 100 * error}
 

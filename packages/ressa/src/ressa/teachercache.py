@@ -27,6 +27,7 @@ from ressa.encoding import IGNORED
 
 RECORD, REQUEST = "teacher.json", "request.json"
 NONE = -1e4  # log-probability of what cannot be; its exp is 0, and no difference from it is NaN
+BAD = 0  # the digest of a record that could not be used
 KEYS = ("teacher_tokens", "teacher_log_probs", "teacher_rest")  # of an example, beside its inputs
 
 
@@ -102,15 +103,18 @@ def write(
     Raises:
         RequestError: the output exists, or is being made by another request; the model or the data cannot be used.
     """
+    from safetensors import safe_open
+
     from model_hooks.files import refuse_existing, refuse_overlap
     from model_hooks.loading import load_placed
+    from model_hooks.processors import load_processor
     from paper_tables import progress
     from ressa.data import BadRow, read
-    from ressa.encoding import encoder_of, load_processor
+    from ressa.encoding import encoder_of
 
     refuse_existing(output, overwrite)
     refuse_overlap(output, request.teacher)
-    examples = read(request.data, request.samples, seed=request.seed, skip_bad_rows=skip_bad_rows)
+    examples = read(request.data, request.samples, seed=request.seed, skip_bad_rows=skip_bad_rows, apart=True)
     part = _begun(output.with_name(f"{output.name}.part"), request)
     model = load_placed(request.teacher, request.dtype, device_map)[0].eval()
     encoder = encoder_of(model.config, load_processor(request.teacher), request.max_length)
@@ -130,6 +134,8 @@ def write(
                         rows.append(None)
                 _write_shard(file, _asked(model, encoder, rows, request, batch_size, bar.advance))
             else:
+                with safe_open(file, "pt") as opened:
+                    bad += int((opened.get_tensor("digests") == BAD).sum())
                 bar.advance(len(chosen))
     size = sum(file.stat().st_size for file in part.glob("*.safetensors"))
     words = model.config.get_text_config(decoder=True).vocab_size
@@ -187,7 +193,10 @@ def _asked(
         advance(len(some))
     advance(len(rows) - len(good))
     places = [0 if r is None else int((r["labels"][:, 1:] if shift else r["labels"]).ne(IGNORED).sum()) for r in rows]
-    digests = [0 if row is None else digest_of(row) for row in rows]
+    digests = [BAD if row is None else digest_of(row) for row in rows]
+    if not found:  # only bad rows
+        words = model.config.get_text_config(decoder=True).vocab_size
+        found.append(answers_of(torch.empty(0, words), request.temperature, request.top))
     joined = [torch.cat([getattr(a, name) for a in found]).cpu() for name in ("tokens", "log_probs", "rest")]
     own = {"ends": torch.tensor(places).cumsum(0), "digests": torch.tensor(digests)}
     return {**dict(zip(KEYS, joined, strict=True)), **own}

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import shutil
 import sys
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from model_hooks.errors import RequestError
 from paper_tables.errors import nearest
@@ -23,6 +24,9 @@ from paper_tables.launch import deepspeed_file, is_main_process, run_module
 from paper_tables.options import command_of
 from paper_tables.training import LOG, Run, prepare
 from ressa.sharding import is_stage3
+
+if TYPE_CHECKING:
+    from ressa.data import Example
 
 METHODS = ("sparselora", "full")
 BACKWARDS = ("exact", "ste", "auto")
@@ -45,7 +49,7 @@ class RepairConfig(Run):
         rank_language: Of the language model's; 0: as rank.
         alpha: The adapters' scale is alpha / rank.
         branches: Which get adapters: vision, connector, language, separated by commas.
-        teacher: The dense model; empty: the dense weights in the folder; none: learn from the data alone.
+        teacher: The dense model, where the folder has zeros; empty: its own dense weights; none: the data alone.
         teacher_cache: Folder that `ressa teacher-cache` wrote, instead of a teacher that runs in each step.
         teacher_kind: What of the teacher is dense: DD (both towers), DS (vision alone) or SD (language alone).
         kl_weight: Share of the loss that is the divergence from the teacher.
@@ -54,7 +58,7 @@ class RepairConfig(Run):
         loss_mode: ours, or original (summed over positions, no factor of the squared temperature).
         feature_weight: Weight of a loss on the connector's output.
         data: zoo:shapes, a .jsonl file, a folder of datasets or a hub name.
-        samples: Examples to train on, fewer where the data has fewer.
+        samples: Examples to train on, one for each answer to an image; fewer where the data has fewer.
         max_length: Tokens of an example at most, with its image; 0: no limit.
         skip_bad_rows: So many records that cannot be used are passed over.
         learning_rate: Peak, after which it falls as a cosine to a tenth.
@@ -136,6 +140,12 @@ class RepairConfig(Run):
         runs = (self.kl_weight or self.feature_weight) and not self.teacher_cache
         return self.teacher if runs else "none"
 
+    def examples(self) -> list[Example]:
+        """What to train on, read."""
+        from ressa.data import read
+
+        return read(self.data, self.samples, seed=self.seed, skip_bad_rows=self.skip_bad_rows, apart=True)
+
     @property
     def ranks(self) -> dict[str, int]:
         """Rank by branch."""
@@ -146,7 +156,7 @@ def repair(config: RepairConfig) -> dict[str, Any]:
     """Repair as `config` says and write the result; call it in every process of a launcher.
 
     Returns:
-        output, steps, loss (the last logged), trainable parameters, seconds.
+        output, examples, steps, loss (the last logged), trainable parameters, seconds.
 
     Raises:
         RequestError: the request cannot be met, nothing is written.
@@ -188,8 +198,9 @@ def _start(config: RepairConfig, part: Path) -> dict[str, Any]:
     """Refuse before any training what cannot work; all processes read the data themselves."""
     from transformers import AutoConfig
 
-    from ressa.data import BadRow, read
-    from ressa.encoding import encoder_of, load_processor
+    from model_hooks.processors import load_processor
+    from ressa.data import BadRow
+    from ressa.encoding import encoder_of
     from ressa.folders import has_dense, pruned_folder
 
     record = pruned_folder(config.model)
@@ -200,7 +211,9 @@ def _start(config: RepairConfig, part: Path) -> dict[str, Any]:
 
         Cache(config.teacher_cache).refuse_others(config, model.get_text_config(decoder=True).vocab_size)
     encoder = encoder_of(model, load_processor(config.model), config.max_length)
-    examples = read(config.data, config.samples, seed=config.seed, skip_bad_rows=config.skip_bad_rows)
+    examples = config.examples()
+    if len(examples) < config.samples:
+        warnings.warn(f"{config.data} gives {len(examples)} examples, {config.samples} are asked for", stacklevel=2)
     left_out = []
     for i, one in enumerate(examples if config.max_length else examples[:1]):  # lengths are known once encoded
         try:

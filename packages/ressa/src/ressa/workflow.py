@@ -48,8 +48,8 @@ class Where:
     def load(self) -> tuple[Any, Any, Any]:
         """The model, its processor and its branches."""
         from model_hooks.loading import load_placed
+        from model_hooks.processors import load_processor
         from ressa.branches import find_branches
-        from ressa.encoding import load_processor
 
         processor = load_processor(self.name)
         model, _ = load_placed(self.name, self.dtype, self.device_map)
@@ -163,9 +163,9 @@ def merge_to_folder(adapters: str, folder: Path, *, base: str = "", overwrite: b
     """Merge adapters into the base that they name (or `base`) and write an ordinary checkpoint."""
     from model_hooks import load
     from model_hooks.files import atomic_folder, refuse_existing
+    from model_hooks.processors import load_processor
     from ressa import merging
     from ressa.adapters import load_adapters
-    from ressa.encoding import load_processor
 
     refuse_existing(folder, overwrite)
     if not folders.is_adapter(adapters):

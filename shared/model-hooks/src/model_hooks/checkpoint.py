@@ -12,24 +12,26 @@ import torch
 
 from .files import atomic_folder
 from .lean import needs_lean
-from .loading import load, quiet
+from .loading import _auto_class, load, quiet
+from .processors import processor_for
 
 
 @dataclass(frozen=True)
 class Card:
-    """What the model card says: which base, what was done to it, with what measured effect."""
+    """What the model card says: which base, what was done to it, with what measured effect, how it is loaded."""
 
     base: str
     method: str  # e.g. "llm-drop: attention of blocks 3, 4 and 7 dropped"
     source: str = ""  # paper, e.g. "arXiv 2406.15786"
     measured: Mapping[str, object] = field(default_factory=dict)  # name -> value, with the unit in the name
     settings: Mapping[str, object] = field(default_factory=dict)
+    use: str = ""  # Markdown; default: transformers' Auto class, after `import model_hooks` where that is needed
+    library: str = "transformers"  # what the hub calls the one that loads it
 
     def markdown(self, model: Any) -> str:
-        needs_us = needs_lean(getattr(model.config, "lean", None))
         lines = [
             "---",
-            "library_name: transformers",
+            f"library_name: {self.library}",
             f"base_model: {json.dumps(self.base)}",
             "tags: [leanformers]",
             "---",
@@ -44,15 +46,24 @@ class Card:
             *_table("Settings", self.settings),
             "## Use",
             "",
-            "```python",
-            *(["import model_hooks  # teaches transformers this checkpoint's model type"] if needs_us else []),
-            "from transformers import AutoModelForCausalLM",
-            "",
-            'model = AutoModelForCausalLM.from_pretrained("this folder")',
-            "```",
+            self.use or _use(model),
             "",
         ]
         return "\n".join(lines)
+
+
+def _use(model: Any) -> str:
+    auto = _auto_class("", {"config": model.config}).__name__
+    needs_us = needs_lean(getattr(model.config, "lean", None))
+    lines = [
+        "```python",
+        *(["import model_hooks  # teaches transformers this checkpoint's model type"] if needs_us else []),
+        f"from transformers import {auto}",
+        "",
+        f'model = {auto}.from_pretrained("this folder")',
+        "```",
+    ]
+    return "\n".join(lines)
 
 
 def _table(title: str, values: Mapping[str, object]) -> list[str]:
@@ -71,24 +82,26 @@ def save(
     overwrite: bool = False,
     source: str | Path | None = None,
     verify: bool = True,
+    like: Any = None,
     max_shard_size: str = "5GB",
 ) -> Path:
     """Write `model` (and `tokenizer`) to `folder`: safetensors, config with its `lean` section, model card.
 
-    The folder appears whole or not at all. `source` is the folder it came from, never written into. With `verify` the
-    result is loaded again and must give the same logits bit for bit (takes the model's memory a second time; without
-    it, names and shapes are still checked). Raises `RequestError` if `folder` exists, RuntimeError if it reads back
-    otherwise than it was.
+    Beside a model that takes images goes the processor that it came with. The folder appears whole or not at all.
+    `source` is the folder it came from, never written into. With `verify` the result is loaded again, on the devices of
+    `like` (default: `model`), and must give the logits of `like` bit for bit (takes the model's memory a second time;
+    without it, names and shapes are still checked). Raises `RequestError` if `folder` exists, RuntimeError if it reads
+    back otherwise than it was.
     """
     with atomic_folder(folder, overwrite, source) as part:
         with quiet():
             model.save_pretrained(part, max_shard_size=max_shard_size)
             if tokenizer is not None:
-                tokenizer.save_pretrained(part)
+                processor_for(model, tokenizer).save_pretrained(part)
         (part / "README.md").write_text(card.markdown(model))
         _check_structure(model, part)
         if verify:
-            _check_logits(model, part)
+            _check_logits(model if like is None else like, part)
     return Path(folder)
 
 

@@ -23,6 +23,7 @@ from .identity import combined, tensor_digest
 from .loading import _auto_class, quiet, resolve
 from .structure import Anatomy, _name_of, _stack, anatomy
 
+OTHER_FORMATS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "consolidated*", "original/*"]  # of weights
 M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
@@ -43,7 +44,7 @@ class LayerStream:
         from transformers import AutoConfig
         from transformers.conversion_mapping import get_model_conversion_mapping
 
-        self.folder, self.device = _folder(source), device
+        self.folder, self.device = checkpoint_folder(source), device
         _glibc()
         self.files = self.find_files()  # tensor name -> file
         config = AutoConfig.from_pretrained(self.folder)
@@ -66,7 +67,7 @@ class LayerStream:
 
     def find_files(self) -> dict[str, Path]:
         """Tensor name -> the file that holds it. With `read`, what a subclass for other files has to change."""
-        return _files(self.folder)
+        return checkpoint_files(self.folder)
 
     def whole(self) -> Any:
         """The model with all of its weights resident, as ordinary as any."""
@@ -218,7 +219,7 @@ class LayerStream:
             raise RequestError(f"{self.folder}: config and weights do not match at {wrong[0]}; nothing was done")
 
 
-def _folder(source: str | Path) -> Path:
+def checkpoint_folder(source: str | Path) -> Path:
     """The local folder of `source`; a hub id is downloaded into the hub's cache."""
     where = Path(resolve(source))
     if where.is_dir():
@@ -226,14 +227,14 @@ def _folder(source: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(source), ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]))
+        return Path(snapshot_download(str(source), ignore_patterns=OTHER_FORMATS))
     except (OSError, ValueError) as error:
         raise RequestError(
             f"cannot load {source}: {str(error).splitlines()[0]}; give a local folder or zoo:NAME"
         ) from error
 
 
-def _files(folder: Path) -> dict[str, Path]:
+def checkpoint_files(folder: Path) -> dict[str, Path]:
     """Tensor name -> the safetensors file that holds it."""
     from safetensors import safe_open
 
