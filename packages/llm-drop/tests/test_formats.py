@@ -196,3 +196,11 @@ def test_an_existing_folder_is_kept(dropped: Any, tmp_path: Path) -> None:
         with pytest.raises(RequestError, match="--overwrite"):
             export(dropped, None, tmp_path / "out", to)
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["precious"]
+
+
+def test_a_modelling_file_for_images_is_refused(tmp_path: Path) -> None:
+    model, tokenizer = load("zoo:llava")
+    apply(model, Plan(len(model.model.language_model.layers), (1,)), check=False)
+    with pytest.raises(RequestError, match="use hf for a vision-language model"):
+        export(model, tokenizer, tmp_path / "out", "hf-remote")
+    assert not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -109,7 +110,7 @@ def test_the_fingerprint_is_that_of_the_whole_model(name: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl", "paligemma"])
 def test_so_it_is_where_a_vision_tower_is_not_loaded(name: str, tmp_path: Path) -> None:
-    folder = stored(vlm(name).bfloat16(), tmp_path / "model")
+    folder = stored(copy.deepcopy(vlm(name)).bfloat16(), tmp_path / "model")
     stream = LayerStream(folder)
     resident = resident_bytes(stream.model)
     found = {fingerprint(load(folder, tokenizer=False, dtype=dtype)[0]) for dtype in ("auto", "float32")}

@@ -4,8 +4,8 @@
 `hf-remote`     the same and one generic modelling file: loads with `trust_remote_code=True` and nothing of ours
 `zeroed`        the stock architecture with the dropped sublayers' weights zero: the same outputs in any engine that
                 runs the base model, but neither faster nor smaller in memory
-`nemotron-nas`  Llama layouts: no-op sublayers as vLLM's and llama.cpp's Deci models know them; checked by names and
-                shapes, since transformers itself has no such architecture
+`nemotron-nas`  Llama layouts: no-op sublayers as NVIDIA's Nemotron-NAS models (DeciLM) have them; checked by names and
+                shapes alone, since transformers has no such architecture, and tried in no engine
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from model_hooks import Card, RequestError, save
+from model_hooks import Card, RequestError, anatomy, save
 from model_hooks.files import atomic_folder
 
 NO_GAIN = "zeroed: same outputs as the dropped model, but no gain in speed or memory; use it where nothing else loads"
@@ -59,6 +59,8 @@ def _hf(model: Any, tokenizer: Any, folder: Path, card: Card, overwrite: bool, s
 def _hf_remote(model: Any, tokenizer: Any, folder: Path, card: Card, overwrite: bool, source: Any) -> Path:
     if not _edits(model):
         raise RequestError("hf-remote: this model is a stock one (only whole blocks are gone, if anything); use hf")
+    if anatomy(model).vision_tower:
+        raise RequestError("hf-remote: its modelling file is for language models; use hf for a vision-language model")
     with atomic_folder(folder, overwrite, source) as part:
         save(model, part / "model", tokenizer, card=replace(card, use=REMOTE_USE))
         for file in (part / "model").iterdir():
