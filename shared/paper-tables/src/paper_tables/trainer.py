@@ -58,6 +58,8 @@ def arguments(
     if deepspeed:  # loading under ZeRO-3 comes before Trainer would do this
         # of torch 2.14, about calls that DeepSpeed makes many times a step
         warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
+        if cpu:  # DeepSpeed would compile for half a minute, to do what gloo does
+            require("deepspeed.ops", extra="train", package=package).__compatible_ops__["deepspeed_shm_comm"] = False
         require("deepspeed.comm", extra="train", package=package).init_distributed(auto_mpi_discovery=False)
     options._n_gpu = min(options.n_gpu, 1)  # more GPUs are for a launcher: never torch's old DataParallel
     return options
