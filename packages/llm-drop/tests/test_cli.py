@@ -194,6 +194,9 @@ def test_what_exists_is_kept(folder: Path, scored: Path) -> None:
     Path("model.safetensors").write_text("mine")
     refused("--overwrite", "score", folder, *SCORE, "-o", "model.json")  # whose mean changes would be in that file
     assert Path("model.safetensors").read_text() == "mine"
+    shutil.copy(scored.with_suffix(".safetensors"), "killed.safetensors")  # a kill left it, before the scores
+    assert call("score", folder, *SCORE, "-o", "killed.json").exit_code == 0
+    assert Scores.load("killed.json").deltas
     assert Path("scores.json").read_text() == "mine"
     assert call("drop", folder, "plan.json", "-o", "out", "--overwrite", "--measure", "").exit_code == 0
     assert not Path("out/precious").exists()

@@ -47,10 +47,9 @@ def score(
     A killed run goes on where it was when the same command is given again.
     """
     from llm_drop import workflow
-    from llm_drop.scoring import deltas_file
+    from llm_drop.scoring import refuse_taken
 
-    for file in (output, deltas_file(output)):
-        refuse_existing(file, overwrite)
+    refuse_taken(output, overwrite)
     if layerwise and device_map:
         raise RequestError("--layerwise holds one layer on one device: leave out --device-map")
     if buffer and not layerwise:

@@ -79,16 +79,15 @@ class Scores:
         """Write the JSON file, and the mean changes as `<name>.safetensors` beside it, each atomically."""
         from safetensors.torch import save
 
-        from model_hooks.files import atomic_write, refuse_existing
+        from model_hooks.files import atomic_write
 
         path = Path(path)
-        for file in (path, deltas_file(path)):
-            refuse_existing(file, overwrite)
+        refuse_taken(path, overwrite)
         record = {k: v for k, v in asdict(_without_deltas(self)).items() if k != "deltas"}
         if self.deltas:
             content = save({f"{kind}.{i}": v.float().contiguous() for (kind, i), v in self.deltas.items()})
             record["deltas"] = hashlib.sha256(content).hexdigest()
-            atomic_write(deltas_file(path), content)
+            atomic_write(_deltas_file(path), content)
         atomic_write(path, json.dumps({"format": FORMAT} | record, indent=1) + "\n")
         return path
 
@@ -289,15 +288,32 @@ def _without_deltas(scores: Scores) -> Scores:
     return replace(scores, deltas={})
 
 
-def deltas_file(path: Path) -> Path:
-    """Where the mean changes of the scores in `path` are."""
+def refuse_taken(path: Path, overwrite: bool) -> None:
+    """Raise `RequestError` where scores in `path` would replace a file. Mean changes without their scores, as a kill
+    between the two writes leaves them, are no such file; other tensors of that name are."""
+    from safetensors import SafetensorError, safe_open
+
+    from model_hooks.files import refuse_existing
+
+    refuse_existing(path, overwrite)
+    file = _deltas_file(path)
+    try:
+        with safe_open(file, "pt") as opened:
+            ours = all(key.partition(".")[0] in KINDS for key in opened.keys())  # noqa: SIM118
+    except (OSError, SafetensorError):
+        ours = False
+    if not ours:
+        refuse_existing(file, overwrite)
+
+
+def _deltas_file(path: Path) -> Path:
     return path.with_name(path.name.removesuffix(".json") + ".safetensors")
 
 
 def _read_deltas(path: Path, digest: str) -> dict[Unit, Tensor]:
     from safetensors.torch import load
 
-    file = deltas_file(path)
+    file = _deltas_file(path)
     content = file.read_bytes() if file.is_file() else b""
     if hashlib.sha256(content).hexdigest() != digest:
         return {}  # repair asks for them and says so; everything else works without
