@@ -1,7 +1,8 @@
 """One package alone: from its folder, from a git URL, from wheel files, each in an environment that holds nothing else.
 
 A worker of pytest makes one environment, and every installation removes what it does not need itself (`--exact`): the
-same packages as in an empty one, but Python need not compile torch and transformers for every test again.
+same packages as in an empty one, but Python need not compile torch and transformers for every test again. The tiny job
+runs from wheel files; folder and git URL start the command, from the same code and data to the byte.
 
 Third-party versions are held to the lock's, so that what is tested is our metadata and not the index of the day.
 The names of some packages belong to other projects on the public index, so every one of ours must come from here.
@@ -17,9 +18,11 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from zipfile import ZipFile
 
 import environment
 import pytest
+from filelock import FileLock
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 # of extras and the developer's group, unless it is what a package asks for
@@ -53,10 +56,13 @@ def locked_versions(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def wheels(snapshot, tmp_path_factory):
-    """Wheel files of all packages, by distribution name."""
-    folder = tmp_path_factory.mktemp("wheels")
-    call(settings()[0], "build", "--quiet", "--all-packages", "--out-dir", folder, cwd=snapshot)
+def wheels(snapshot):
+    """Wheel files of all packages, by distribution name; made once for all workers."""
+    folder = Path(os.environ["LEANFORMERS_TEST_HOME"]) / "wheels"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            call(settings()[0], "build", "--quiet", "--all-packages", "--out-dir", f"{folder}.new", cwd=snapshot)
+            Path(f"{folder}.new").rename(folder)
     return {file.name.split("-")[0].replace("_", "-"): file for file in folder.glob("*.whl")}
 
 
@@ -84,6 +90,18 @@ def test_wheels_hold_everything_that_the_package_reads(wheels, package):
                 wanted.add((Path(place) / file.relative_to(package.folder / start)).as_posix())
     assert wanted
     assert wanted <= inside
+
+
+def assert_holds(site: Path, wheel: Path) -> None:
+    """Python finds the code and data that `wheel` holds, the same to the byte: in `site`, or where a path file leads,
+    as uv leaves the siblings of a package that is installed from its folder."""
+    link = site / f"_{wheel.name.split('-')[0]}.pth"
+    place = Path(link.read_text().strip()) if link.exists() else site
+    with ZipFile(wheel) as packed:
+        names = [name for name in packed.namelist() if ".dist-info/" not in name]
+        assert names
+        for name in names:
+            assert (place / name).read_bytes() == packed.read(name), f"{name} is not what {wheel.name} holds"
 
 
 @pytest.fixture(scope="session")
@@ -117,12 +135,16 @@ def test_package_alone(method, source, packages, snapshot, wheels, locked_versio
     asked = {re.split(r"[^\w-]", text, maxsplit=1)[0] for text in method.project["dependencies"]}
     assert not installed & NEVER - asked
     call(uv, "pip", "check", "--python", venv, cwd=room)
+    (site,) = venv.glob("lib/python3*/site-packages")
     for name in own:
-        (origin,) = venv.glob(f"lib/python3*/site-packages/{name.replace('-', '_')}-*.dist-info/direct_url.json")
+        (origin,) = site.glob(f"{name.replace('-', '_')}-*.dist-info/direct_url.json")
         assert json.loads(origin.read_text())["url"].startswith("file://"), f"{name} came from an index"
+        assert_holds(site, wheels[name])
 
     home = {"HOME": str(room), "HF_HOME": str(room / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     assert "Usage" in call(venv / "bin" / method.name, "--help", cwd=room, **home)
+    if source != "wheels":
+        return
     command, *arguments = shlex.split(method.smoke)
     before = set(room.iterdir())
     call(venv / "bin" / command, *arguments, cwd=room, **home)
