@@ -26,9 +26,9 @@ from typing import Any
 
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
-_forked = multiprocessing.get_context("forkserver")
+FORKED = multiprocessing.get_context("forkserver")
 # Heavy modules of other people, none of ours; one that is not installed is passed over, and its tests skip.
-_forked.set_forkserver_preload([
+FORKED.set_forkserver_preload([
     "torch.distributed.fsdp", "torch._dynamo", "transformers.trainer", "transformers.models.llama.modeling_llama",
     "transformers.models.gpt2.modeling_gpt2", "accelerate", "datasets", "peft", "deepspeed", "trl.trainer.sft_trainer",
     "trl.trainer.dpo_trainer",
@@ -44,7 +44,7 @@ class Running:
         words = [str(word) for word in program]
         kept = {k: v for k, v in os.environ.items() if k not in LAUNCHERS}
         self.processes = [
-            _forked.Process(target=_run, args=(words, str(log), {**kept, **more}, str(cwd)), daemon=True)
+            FORKED.Process(target=_run, args=(words, str(log), {**kept, **more}, str(cwd)), daemon=True)
             for more in environments
         ]
         for process in self.processes:

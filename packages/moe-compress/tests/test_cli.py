@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -142,7 +143,11 @@ def test_recipes_from_a_file_and_by_target(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_bench_times_both_sides(folder: Path) -> None:
+def test_bench_times_both_sides(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On few samples: its ratios are noise here, and half a minute of the full size says no more."""
+    from moe_compress import bench
+
+    monkeypatch.setattr(bench, "bench_stats", partial(bench.bench_stats, samples=2, length=64))
     found = said("bench", folder, "--context", 16, "--new-tokens", 2, "--rounds", 3, "-o", "bench.json")
     assert [row["model"] for row in found["speed"]] == ["6 of 8 experts", "1 MoE layers dropped", "1 blocks dropped"]
     assert all(row["parameters"] < 1 < 100 * row["decode"] for row in found["speed"])
