@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 
 import pytest
 
@@ -33,6 +34,8 @@ else:
     settings.register_profile("workspace", deadline=None, derandomize=True, max_examples=50)
     settings.load_profile("workspace")
 
+_kept = 0.0  # when the garbage collector was last told what stays, in seconds of the monotonic clock
+
 
 def pytest_configure(config: pytest.Config) -> None:
     # For a plain pytest, whose plugins may be fewer than those that the options in pyproject.toml are for.
@@ -40,10 +43,21 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", "timeout(seconds): the longest that the test may take")
 
 
-def pytest_collection_finish() -> None:
-    # What was imported so far stays; a collection that looks through all of it takes a third of a second.
+def keep_what_is_there() -> None:
+    """What was imported so far stays; a collection that looks through all of it takes a third of a second."""
+    global _kept
     gc.collect()
     gc.freeze()
+    _kept = time.monotonic()
+
+
+def pytest_collection_finish() -> None:
+    keep_what_is_there()
+
+
+def pytest_runtest_logfinish() -> None:
+    if time.monotonic() - _kept > 20:  # tests import more; between two of them little is alive that will not stay
+        keep_what_is_there()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,9 @@ def test_the_calibration_pairs_are_meant_where_no_split_is_named() -> None:
 
 
 @pytest.mark.slow
-def test_nothing_that_is_held_out_is_learned_from() -> None:
+def test_nothing_that_is_held_out_is_learned_from(request: pytest.FixtureRequest) -> None:
+    gc.disable()  # it would look for cycles in a syntax tree for every module of the standard library
+    request.addfinalizer(gc.enable)
     texts = {split: {(r["instruction"], r["output"]) for r in pairs(f"zoo:pairs:{split}")} for split in SPLITS}
     assert all(texts.values())
     assert not texts["heldout"] & (texts["train"] | texts["calibration"])
