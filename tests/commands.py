@@ -27,6 +27,7 @@ class Command:
 
     def refused(self, message: str, *arguments: Any) -> None:
         """Exit 2, one line on stderr that holds `message`, and nothing written to the working folder."""
+        assert not Path("uv.lock").exists(), "the working folder is the checkout, where others write too"
         before = sorted(Path.cwd().rglob("*"))
         result = self.call(*arguments)
         assert result.exit_code == 2, result.output

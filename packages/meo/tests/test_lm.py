@@ -77,7 +77,8 @@ def test_tasks_of_the_zoo_and_of_ones_own(prefix: Path, tmp_path: Path, monkeypa
 
 
 @pytest.mark.slow
-def test_what_tasks_are_not_for(prefix: Path, tmp_path: Path) -> None:
+def test_what_tasks_are_not_for(prefix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     bert = write(tmp_path / "bert", "BertForMaskedLM", "BertConfig", SMALL)
     meo.refused("no causal language model", "eval", bert, "--tasks", "zoo_name")
     leaky = tmp_path / "leaky"
