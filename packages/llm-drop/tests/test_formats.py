@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from llm_drop import Plan, apply, export, formats
 from llm_drop.formats import check_nemotron_nas
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import build
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM
 
 from model_hooks import RequestError, checkpoint, load
 from model_hooks.zoo import tokenizer
@@ -178,6 +179,22 @@ def test_what_a_form_cannot_express_is_refused(
     with pytest.raises(RequestError, match=message):
         export(model, None, tmp_path / "out", to)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("to", ["zeroed", "nemotron-nas"])
+def test_weights_that_are_not_in_memory_are_refused(to: str, dropped: Any, tmp_path: Path) -> None:
+    """As `--device-map auto` leaves those that fit on no GPU."""
+    cpu_offload(dropped, execution_device=torch.device("cpu"))
+    with pytest.raises(RequestError, match=r"is kept outside memory; drop without --device-map"):
+        export(dropped, None, tmp_path / "out", to)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("to", ["hf", "zeroed", "nemotron-nas"])
+def test_how_the_model_generates_goes_with_it(to: str, dropped: Any, tmp_path: Path) -> None:
+    dropped.generation_config.update(do_sample=True, temperature=0.25, eos_token_id=[1, 7])
+    again = GenerationConfig.from_pretrained(export(dropped, None, tmp_path / "out", to))
+    assert (again.temperature, again.eos_token_id) == (0.25, [1, 7])
 
 
 def test_constants_have_no_place_in_the_stock_forms(model: Any, scores: Any, tmp_path: Path) -> None:

@@ -91,6 +91,17 @@ def test_impossible_requests_say_what_is_possible(request_: dict[str, Any], mess
         select(made_up([0.5] * LAYERS, [0.5] * LAYERS, [0.5] * LAYERS), **request_)
 
 
+@pytest.mark.parametrize("how", [{}, {"consecutive": True}])
+def test_blocks_of_a_model_that_lost_attention_leave_one(how: dict[str, Any]) -> None:
+    """Two blocks of six have attention still, and are those that change the least."""
+    gaps = [[0.9 - 0.1 * i] * (LAYERS - i) for i in range(LAYERS)]
+    whole = made_up([0.5] * LAYERS, [0.5] * LAYERS, [0.9, 0.8, 0.3, 0.2, 0.1, 0.0], gaps)
+    scores = replace(whole, attention={0: 0.5, 1: 0.5})
+    with pytest.raises(RequestError, match=r"^blocks 2.* would drop every attention layer; .*must stay: ask for fewer"):
+        select(scores, blocks=2, **how)
+    assert select(scores, blocks=1, **how).attention == (0,)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_score_that_is_no_number_is_named(bad: float) -> None:
     scores = made_up([0.5, 0.5, bad, 0.5, 0.5, 0.5], [0.5] * LAYERS, [0.5] * LAYERS)

@@ -34,6 +34,10 @@ def test_a_checkpoint_is_the_model(name: str, tmp_path: Path) -> None:
     assert type(again) is type(model)
     given = inputs(name, 2, 8)
     assert torch.equal(model(**given).logits, again(**given).logits)
+    use = (tmp_path / "one" / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    names: dict[str, Any] = {}
+    exec(use.replace('"this folder"', f'"{tmp_path / "one"}", tokenizer=False'), names)
+    same(model, names["model"])
     save(again, tmp_path / "two")
     same(model, load(tmp_path / "two", tokenizer=False)[0])
 

@@ -55,6 +55,10 @@ def test_a_merged_folder_is_one_checkpoint(name: str, tmp_path: Path) -> None:
     again = AutoModelForCausalLM.from_pretrained(folder)
     assert again.config.model_type == f"routed_{build(name).config.model_type}"
     assert torch.equal(logits(again, x), want)
+    use = (folder / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    assert use.startswith("import mod_router")
+    exec(use.replace("this folder", str(folder)), names := {})
+    assert torch.equal(logits(names["model"], x), want)
     half = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     assert {r.weight.dtype for r in routers(half).values()} == {torch.float32}
     assert half.dtype == torch.bfloat16

@@ -13,13 +13,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from model_hooks import Card, RequestError, anatomy, save
 from model_hooks.files import atomic_folder
@@ -139,6 +140,7 @@ def _with_zeros(model: Any) -> Any:
     with torch.device("meta"):
         stock = getattr(type(model), "lean_base", type(model))(_stock_config(model))
     own = model.state_dict()
+    _refuse_offloaded("zeroed", own)
     left_over = sorted(own.keys() - stock.state_dict().keys())
     if left_over:
         raise RequestError(f"zeroed: the stock architecture has no place for {left_over[0]}")
@@ -147,8 +149,14 @@ def _with_zeros(model: Any) -> Any:
     }
     stock.load_state_dict(state, assign=True)
     stock.tie_weights()
-    stock.name_or_path = model.name_or_path
+    stock.name_or_path, stock.generation_config = model.name_or_path, model.generation_config
     return stock
+
+
+def _refuse_offloaded(to: str, state: Mapping[str, Tensor]) -> None:
+    name = next((name for name, tensor in state.items() if tensor.device.type == "meta"), None)
+    if name:
+        raise RequestError(f"{to}: {name} is kept outside memory; drop without --device-map")
 
 
 def _stock_config(model: Any) -> Any:
@@ -166,12 +174,14 @@ def _nemotron_nas(model: Any, tokenizer: Any, folder: Path, card: Card, overwrit
     from safetensors.torch import save_file
 
     config = nemotron_nas_config(model)
+    _refuse_offloaded("nemotron-nas", model.state_dict())
     with atomic_folder(folder, overwrite, source) as part:
         state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
         if config["tie_word_embeddings"]:
             state.pop("lm_head.weight", None)
         save_file(state, part / "model.safetensors", metadata={"format": "pt"})
         (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        model.generation_config.save_pretrained(part)
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
         (part / "README.md").write_text(replace(card, use=NAS_USE, library="vllm").markdown(model))

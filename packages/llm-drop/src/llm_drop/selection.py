@@ -70,12 +70,15 @@ def select(
         units = []
         for name, n in chosen.items():
             units += least(_candidates(name, scores, objective), n)
-    if joint and sum(kind == "attention" for kind, _ in units) == len(scores.attention):
-        fits = _largest_joint(_candidates("joint", scores, objective), len(scores.attention))
-        raise RequestError(f"joint {joint} would drop every attention layer; {ONE_MUST_STAY}: ask for 1..{fits}")
     how = " ".join(f"{name} {n}" for name, n in chosen.items())
     how += " consecutive" * consecutive + f" by {objective}" * (objective != "cosine")
-    return plan_of(units, scores, how, objective)
+    plan = plan_of(units, scores, how, objective)
+    if 0 < len(scores.attention) == len(plan.attention):  # of a model that had lost some, a few blocks may hold all
+        joints = f"1..{_largest_joint(_candidates('joint', scores, objective), len(scores.attention))}"
+        raise RequestError(
+            f"{how} would drop every attention layer; {ONE_MUST_STAY}: ask for {joints if joint else 'fewer'}"
+        )
+    return plan
 
 
 def plan_of(units: Iterable[Unit], scores: Scores, how: str, objective: Objective = "cosine") -> Plan:

@@ -21,6 +21,12 @@ HEADS = {  # the Auto classes that give a model a head
     "seq2seq": "AutoModelForSeq2SeqLM",
 }
 
+USE = """```python
+import meo
+
+model, tokenizer = meo.load("this folder")  # or transformers' Auto class, after `import meo`
+```"""
+
 
 def save(
     model: Any, folder: str | Path, tokenizer: Any = None, *, base: str = "a model", overwrite: bool = False,
@@ -37,7 +43,7 @@ def save(
     kept = ("experts", "k", "method", "level", "gate", "gate_scope", "token_block", "init")
     card = Card(
         base, f"meo: {len(model.config.meo['banks'])} linears are banks of experts; `import meo` before loading",
-        "arXiv 2310.09832", settings={k: record[k] for k in kept},
+        "arXiv 2310.09832", settings={k: record[k] for k in kept}, use=USE,
     )  # fmt: skip
     with atomic_folder(folder, overwrite, source) as part:
         with quiet():

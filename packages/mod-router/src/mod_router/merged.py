@@ -17,6 +17,12 @@ from .config import RouterConfig
 
 PREFIX = "routed_"
 KEY = "routing"  # of config.json
+USE = """```python
+import mod_router  # teaches transformers this checkpoint's model type
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("this folder")
+```"""
 
 
 @cache
@@ -124,5 +130,5 @@ def merge(
     runtime = runtime_of(model)
     layers = ", ".join(map(str, runtime.layers))
     method = f"mod-router: routers on the {runtime.config.unit} of layers {layers}; `import mod_router` before loading"
-    card = Card(base or "a model", method, "arXiv 2410.13184", settings=runtime.config.to_dict())
+    card = Card(base or "a model", method, "arXiv 2410.13184", settings=runtime.config.to_dict(), use=USE)
     return save(model, folder, tokenizer, card=card, overwrite=overwrite, source=source, verify=verify)

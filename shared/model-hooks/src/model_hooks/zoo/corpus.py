@@ -18,6 +18,7 @@ import os
 import platform
 import re
 import shutil
+import string
 import sys
 import zlib
 from collections.abc import Iterator
@@ -73,8 +74,8 @@ def is_ordinary(text: str) -> bool:
     if len(text) < 200:
         return False
     size = len(text)
-    ascii_share = sum(c < "\x7f" for c in text) / size
-    digit_share = sum(c.isdigit() for c in text) / size
+    ascii_share = len(text.encode("ascii", "ignore")) / size
+    digit_share = sum(map(text.count, string.digits)) / size
     packed = len(zlib.compress(text.encode("utf-8"))) / size
     longest_mean = size / (text.count("\n") + 1)
     return ascii_share > 0.97 and digit_share < 0.15 and packed > 0.1 and longest_mean < 90

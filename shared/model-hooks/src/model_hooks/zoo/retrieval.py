@@ -5,7 +5,8 @@
     needle(tokens=1024, depth=0.5, seed=0)                         # one pair hidden in held-out text
 
 An answer is one token of the zoo's tokenizer, so the most likely next token is the whole answer. `zoo:recall` is
-trained to answer both (`evaluate.exact_match` counts); the other zoo models are not.
+trained to answer both (`evaluate.exact_match` counts), at any length up to its context; `zoo:gpt2` and `zoo:mixtral`
+have seen some of either while they were trained, `zoo:llama` none.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ class Stream:
             room = length - len(row)
             target = min(room, int(64 * (length / 64) ** rng.random()))
             pairs = max(2, target // 30)  # a pair and its query cost about 30 tokens together
-            row += [self.end, *self.encode(synthetic.recall(rng, pairs, pairs).text())]
+            row += [self.end, *self.encode(synthetic.recall(rng, pairs))]
         return np.asarray(row[:length], dtype=np.uint16)
 
     def _line(self, line: synthetic.Line) -> tuple[list[int], list[float]]:

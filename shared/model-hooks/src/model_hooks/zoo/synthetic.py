@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import random
 import re
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -29,22 +28,6 @@ FORMS = (
 )
 
 
-@dataclass(frozen=True)
-class Recall:
-    """One document: ``head`` ends where the first query begins; ``queries`` are (prompt, answer) in order.
-
-    ``values`` are all values of the table, so other answers can be drawn from them.
-    """
-
-    head: str
-    queries: tuple[tuple[str, str], ...]
-    values: tuple[str, ...]
-    end: str
-
-    def text(self) -> str:
-        return self.head + "".join(prompt + answer + self.end for prompt, answer in self.queries)
-
-
 def word(rng: random.Random, syllables: int) -> str:
     return "".join(rng.choice(CONSONANTS) + rng.choice(VOWELS) for _ in range(syllables))
 
@@ -56,8 +39,8 @@ def value(rng: random.Random) -> str:
     return str(rng.randint(10, 9999))
 
 
-def recall(rng: random.Random, pairs: int, queries: int) -> Recall:
-    """A document of ``pairs`` different names with different values, asked about ``queries`` of them."""
+def recall(rng: random.Random, pairs: int) -> str:
+    """A document of ``pairs`` different names with different values, asked about each of them."""
     pair, opening, closing, query, end = rng.choice(FORMS)
     keys: dict[str, str] = {}
     while len(keys) < pairs:
@@ -66,13 +49,9 @@ def recall(rng: random.Random, pairs: int, queries: int) -> Recall:
             keys[key] = val
     name = word(rng, 2)
     lines = [pair.format(key=k, value=v) for k, v in keys.items()]
-    asked = rng.sample(sorted(keys), min(queries, pairs))
-    return Recall(
-        head=opening.format(name=name) + "".join(lines) + closing.format(),
-        queries=tuple((query.format(name=name, key=key), keys[key]) for key in asked),
-        values=tuple(keys.values()),
-        end=end,
-    )
+    asked = rng.sample(sorted(keys), pairs)
+    queries = (query.format(name=name, key=key) + keys[key] + end for key in asked)
+    return "".join([opening.format(name=name), *lines, closing.format(), *queries])
 
 
 class Line(NamedTuple):
