@@ -127,6 +127,22 @@ def test_a_curve_runs_over_a_parameter_or_over_what_was_measured(tmp_path):
     assert by_figure.get_xlabel() == "KV share, lower is better"
 
 
+def test_lines_of_a_number_say_what_it_is_of(tmp_path):
+    text = demo.MAIN.replace("x: n, y: bits, by: method", "x: method, y: bits, by: n")
+    _, axes = _axes(tmp_path, "curve", text)
+    assert [label.get_text() for label in axes.get_legend().get_texts()] == ["Baseline", "n = 2", "n = 4", "n = 6"]
+
+
+def test_a_curve_of_one_place_is_bars_beside_the_baseline(tmp_path):
+    text = demo.MAIN.replace("n: [2, 4, 6]}", "n: [4]}").replace(
+        "baseline: baseline}", "baseline: baseline, rows: [a*]}"
+    )
+    report, axes = _axes(tmp_path, "curve", text)
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["Baseline", "attention, 4 dropped"]
+    cells = report.scales["tiny"].cells
+    assert [bar.get_width() for bar in axes.patches] == [cells[r, "bits"].value for r in ("baseline", "attention-4")]
+
+
 @pytest.mark.parametrize(("count", "shown"), [(16, True), (3, False)])
 def test_rows_of_a_heat_map_have_names_where_there_are_as_many(tmp_path, count, shown):
     names = [f"layer{i}" for i in range(count)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from .quantity import Quantity
@@ -97,9 +98,11 @@ def _curve(report: TableReport, plot: Plot, scale: str) -> Any:
     for row, quantity in _rows(report, plot, scale):
         x = report.scales[scale].cells.get((row.id, plot.x)) if measured else row.params.get(plot.x)
         if row.id != plot.baseline and x is not None and (not plot.by or plot.by in row.params):
-            lines.setdefault(str(row.params.get(plot.by, "")), []).append((x, quantity))
+            lines.setdefault(_name(plot.by, row.params.get(plot.by, "")), []).append((x, quantity))
     if not lines:
         return None
+    if not measured and len({x for points in lines.values() for x, _ in points}) == 1:  # points above each other
+        return _bars(report, replace(plot, rows=plot.rows and (plot.baseline, *plot.rows)), scale)
     figure, axes = _figure(plot, scale)
     if not measured:
         places = _places([x for points in lines.values() for x, _ in points], axes)
@@ -123,6 +126,11 @@ def _curve(report: TableReport, plot: Plot, scale: str) -> Any:
     if len(lines) > 1 or base is not None:
         axes.legend(frameon=False, fontsize=9, labelcolor=INK)
     return figure
+
+
+def _name(by: str, value: Any) -> str:
+    """Of a line; a number does not say what it is of."""
+    return f"{by} = {value}" if isinstance(value, int | float) else str(value)
 
 
 def _looks(count: int) -> list[tuple[str, str]]:
