@@ -151,6 +151,8 @@ def test_wrong_requests(folder: Path, scored: Path) -> None:
         "p",
     )
     refused("asked for nothing", "plan", scored, "-o", "p")
+    refused("attention 0 is out of range; allowed: 1..", "plan", scored, "--attention", 0, "--mlp", 1, "-o", "p")
+    refused("kv budget 0.0 is out of range", "plan", scored, "--kv-budget", 0, "-o", "p")
     refused("exclude each other", "plan", scored, "--blocks", 2, "--consecutive", "--iterative", "-o", "p")
     refused("leave out --device-map", "score", folder, *SCORE, "--layerwise", "--device-map", "auto")
     refused("give --layerwise with it", "score", folder, *SCORE, "--buffer", "states")
@@ -211,6 +213,28 @@ def test_a_broken_checkpoint_is_one_line(folder: Path) -> None:
     config = json.loads(Path("wide/config.json").read_text())
     Path("wide/config.json").write_text(json.dumps({**config, "hidden_size": 64}))
     refused("config and weights do not match", "score", "wide", *SCORE)
+
+
+@pytest.mark.slow
+def test_files_that_may_not_grow_lose_nothing(folder: Path, scored: Path, room: Path) -> None:
+    """As a full disk, where nothing can be mounted: files end at 1 kB (EFBIG)."""
+    call("plan", scored, "--attention", 1)
+    before = sorted(room.iterdir())
+    limited = (
+        "import resource, signal\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "from llm_drop.cli import main; main()\n"
+    )
+    for words in (("score", folder, *SCORE), ("drop", folder, "plan.json", "--measure", "")):
+        running = started("-c", limited, *words, log=room / "log")
+        assert running.wait() == 1, running.said
+        assert "error: no space left on the disk" in running.said
+        assert "Traceback" not in running.said
+        (room / "log").unlink()
+        assert [p for p in sorted(room.iterdir()) if "journal" not in p.name] == before
+    said("score", folder, *SCORE)
+    assert Scores.load("scores.json") == Scores.load(scored)
 
 
 @pytest.mark.slow

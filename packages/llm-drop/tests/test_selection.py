@@ -77,6 +77,7 @@ def test_the_other_objective_reads_the_relative_change() -> None:
         ({}, "asked for nothing"),
         ({"attention": LAYERS}, r"attention 6 is out of range; allowed: 1\.\.5; at least one attention"),
         ({"attention": -1}, r"allowed: 1\.\.5"),
+        ({"attention": 0, "mlp": 2}, r"attention 0 is out of range; allowed: 1\.\.5"),
         ({"mlp": LAYERS + 1}, r"mlp 7 is out of range; allowed: 1\.\.6$"),
         ({"blocks": LAYERS}, r"allowed: 1\.\.5"),
         ({"joint": 2 * LAYERS}, r"allowed: 1\.\.11"),

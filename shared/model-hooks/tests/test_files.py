@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from families import build, parent
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from model_hooks import Card, RequestError, drop, fingerprint, load, save
-from model_hooks.files import atomic_folder, atomic_write, refuse_existing
+from model_hooks.files import atomic_file, atomic_folder, atomic_write, refuse_existing
 from model_hooks.identity import tensor_digest
 from model_hooks.loading import load_tokenizer, resolve
 
@@ -59,6 +64,21 @@ def test_a_disk_that_is_full_for_real_keeps_the_old_file(tmp_path: Path) -> None
     assert "File too large" in done.stderr
     assert file.read_text() == "old"
     assert os.listdir(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("place", [atomic_folder, atomic_file])
+def test_a_disk_that_safetensors_finds_full_is_an_error_of_that_file(place: Any, tmp_path: Path) -> None:
+    """Its own error is no OSError, by which a full disk is known."""
+    limits, signalled = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        with pytest.raises(OSError, match="File too large") as caught, place(tmp_path / "out") as part:
+            save_file({"x": torch.zeros(1000)}, part / "x.safetensors" if part.is_dir() else part)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, signalled)
+    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_appears_whole_and_only_at_the_end(tmp_path: Path) -> None:

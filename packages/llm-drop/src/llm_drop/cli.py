@@ -70,16 +70,16 @@ def score(
 def plan(
     scores: Annotated[Path, typer.Argument(metavar="SCORES", help="What `llm-drop score` wrote.")],
     output: Output = Path("plan.json"),
-    attention: Annotated[int, typer.Option(help="Attention sublayers to drop.")] = 0,
-    mlp: Annotated[int, typer.Option(help="Feed-forward sublayers to drop.")] = 0,
-    blocks: Annotated[int, typer.Option(help="Whole blocks to drop.")] = 0,
-    joint: Annotated[int, typer.Option(help="Sublayers of both kinds to drop.")] = 0,
+    attention: Annotated[int | None, typer.Option(help="Attention sublayers to drop.")] = None,
+    mlp: Annotated[int | None, typer.Option(help="Feed-forward sublayers to drop.")] = None,
+    blocks: Annotated[int | None, typer.Option(help="Whole blocks to drop.")] = None,
+    joint: Annotated[int | None, typer.Option(help="Sublayers of both kinds to drop.")] = None,
     consecutive: Annotated[bool, typer.Option("--consecutive", help="With --blocks: a run of blocks.")] = False,
     iterative: Annotated[bool, typer.Option("--iterative", help="Measure again after each drop.")] = False,
     objective: Annotated[str, typer.Option(help="cosine (the paper's) or norm.")] = "cosine",
-    kv_budget: Annotated[float, typer.Option(help="Share of the KV-cache bytes that may remain.")] = 0.0,
-    latency_budget: Annotated[float, typer.Option(help="Share of the decoding time that may remain.")] = 0.0,
-    parameter_budget: Annotated[float, typer.Option(help="Share of the parameters that may remain.")] = 0.0,
+    kv_budget: Annotated[float | None, typer.Option(help="Share of the KV-cache bytes that may remain.")] = None,
+    latency_budget: Annotated[float | None, typer.Option(help="Share of the decoding time that may remain.")] = None,
+    parameter_budget: Annotated[float | None, typer.Option(help="Share of the parameters that may remain.")] = None,
     model: Annotated[str, typer.Option(help="Where the scored model is now, if not where it was.")] = "",
     context: Annotated[int, typer.Option(help="Tokens in the cache, for the KV and latency budgets.")] = 512,
     stability: Annotated[bool, typer.Option("--stability", help="How sure is the choice? Resamples the data.")] = False,
@@ -93,14 +93,18 @@ def plan(
 
     refuse_existing(output, overwrite)
     found = Scores.load(scores)
-    counts = {k: v for k, v in (("attention", attention), ("mlp", mlp), ("blocks", blocks), ("joint", joint)) if v}
-    budgets = {k: v for k, v in (("kv", kv_budget), ("latency", latency_budget), ("parameters", parameter_budget)) if v}
     chosen, said = workflow.make_plan(
-        found, counts, budgets, consecutive=consecutive, iterative=iterative, objective=objective, context=context,
-        stability=stability, load=lambda: load_placed(model or found.model, dtype, device_map),
+        found, _given(attention=attention, mlp=mlp, blocks=blocks, joint=joint),
+        _given(kv=kv_budget, latency=latency_budget, parameters=parameter_budget),
+        consecutive=consecutive, iterative=iterative, objective=objective, context=context, stability=stability,
+        load=lambda: load_placed(model or found.model, dtype, device_map),
     )  # fmt: skip
     chosen.save(output, overwrite=overwrite)
     return {"plan": output, "drops": chosen.describe(), **said}
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 @app.command("import")

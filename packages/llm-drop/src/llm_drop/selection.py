@@ -34,10 +34,10 @@ def least(importance: Mapping[Unit, float], n: int) -> list[Unit]:
 def select(
     scores: Scores,
     *,
-    attention: int = 0,
-    mlp: int = 0,
-    blocks: int = 0,
-    joint: int = 0,
+    attention: int | None = None,
+    mlp: int | None = None,
+    blocks: int | None = None,
+    joint: int | None = None,
     consecutive: bool = False,
     objective: Objective = "cosine",
 ) -> Plan:
@@ -53,7 +53,7 @@ def select(
             or a score is not finite.
     """
     asked = {"attention": attention, "mlp": mlp, "blocks": blocks, "joint": joint}
-    chosen = {name: n for name, n in asked.items() if n != 0}
+    chosen = {name: n for name, n in asked.items() if n is not None}
     if not chosen or (len(chosen) > 1 and set(chosen) != {"attention", "mlp"}):
         raise RequestError(
             f"asked for {chosen or 'nothing'}; give attention and/or mlp, or blocks, or joint, each at least 1"
@@ -64,8 +64,8 @@ def select(
         _in_range(name, n, _most(name, scores))
 
     if consecutive:
-        first = _best_run(scores, blocks)
-        units: list[Unit] = [("block", i) for i in range(first, first + blocks)]
+        first = _best_run(scores, chosen["blocks"])
+        units: list[Unit] = [("block", i) for i in range(first, first + chosen["blocks"])]
     else:
         units = []
         for name, n in chosen.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +22,14 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _os_error(error: BaseException, path: str | Path) -> OSError | None:
+    """What safetensors says of the disk in an error of its own (full, for one) as an OSError of `path`."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    if isinstance(error, OSError) or not found:
+        return None
+    return OSError(int(found[1]), os.strerror(int(found[1])), str(path))
+
+
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """The path of an empty file beside `path` that takes its place when the block ends well, and vanishes when not."""
@@ -34,8 +43,10 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         _sync(temporary)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if (other := _os_error(error, path)) is not None:
+            raise other from error
         raise
 
 
@@ -83,8 +94,10 @@ def atomic_folder(folder: str | Path, overwrite: bool = False, source: str | Pat
             os.chmod(file, 0o755 if file.is_dir() else 0o644)  # safetensors writes for its user alone
             _sync(file)
         _swap(part, target)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
+        if (other := _os_error(error, folder)) is not None:
+            raise other from error
         raise
 
 

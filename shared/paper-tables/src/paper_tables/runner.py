@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 import math
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import TableError, nearest, one_line
-from .frame import plain
+from .frame import FULL, plain
 from .machine import describe, machine
 from .paper import Context, Paper, check_scale
 from .progress import Bar, progress
@@ -116,7 +115,7 @@ def _run_unit(job: _Job, unit: Unit, key: dict[str, Any], context: Context) -> s
         artefacts = {name: _artefact(name, value) for name, value in context.artefacts.items()}
         outcome = {"values": values, **({"artefacts": artefacts} if artefacts else {})}
     except Exception as error:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        if isinstance(error, OSError) and error.errno in FULL:
             raise  # every further unit would fail in the same way
         failure = one_line(error)
         outcome = {"error": failure, "where": _where(error)}
