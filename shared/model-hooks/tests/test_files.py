@@ -81,6 +81,11 @@ def test_a_disk_that_safetensors_finds_full_is_an_error_of_that_file(place: Any,
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_error_that_is_no_full_disk_stays_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="tokenizer"), atomic_folder(tmp_path / "out"):
+        raise RuntimeError("no tokenizer: No such file or directory (os error 2)")
+
+
 def test_a_folder_appears_whole_and_only_at_the_end(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "folder"
     with atomic_folder(target) as part:

@@ -6,7 +6,6 @@ Arrow tell a missing key from a null one in no way, and hold one type a column: 
 
 from __future__ import annotations
 
-import errno
 import gzip
 import hashlib
 import json
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from model_hooks.errors import RequestError
-from model_hooks.files import atomic_file, atomic_folder, refuse_existing
+from model_hooks.files import FULL, atomic_file, atomic_folder, refuse_existing
 
 from .formats import BATCH, COMPRESSED, JSON_SUFFIXES, json_kind, one_line
 from .json_stream import dump
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 GROUP_ROWS, GROUP_BYTES = 1 << 15, 1 << 26
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write(
@@ -70,7 +68,7 @@ def write(
         with atomic_folder(path, overwrite) as folder, _typed(plain, path, arrow, types) as typed:
             return _write_folder(folder, typed)
     except OSError as error:
-        if error.errno in _FULL and error.filename is None:
+        if error.errno in FULL and error.filename is None:
             raise OSError(
                 error.errno, "the disk is full, nothing was written; make room and run again", str(path)
             ) from error

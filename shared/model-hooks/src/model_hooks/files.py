@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -13,6 +14,8 @@ from pathlib import Path
 
 from .errors import RequestError
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, the size that a file may have
+
 
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
@@ -23,9 +26,9 @@ def _sync(path: Path) -> None:
 
 
 def _os_error(error: BaseException, path: str | Path) -> OSError | None:
-    """What safetensors says of the disk in an error of its own (full, for one) as an OSError of `path`."""
+    """A full disk that safetensors tells in an error of its own, as an OSError of `path`."""
     found = re.search(r"\(os error (\d+)\)", str(error))
-    if isinstance(error, OSError) or not found:
+    if isinstance(error, OSError) or not found or int(found[1]) not in FULL:
         return None
     return OSError(int(found[1]), os.strerror(int(found[1])), str(path))
 

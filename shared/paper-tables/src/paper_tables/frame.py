@@ -20,7 +20,6 @@ overrides the file), `--quiet`, `--json` and `--debug`. Exit codes: 0 done; 1 th
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import importlib
 import inspect
@@ -36,13 +35,14 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
+from model_hooks.files import FULL
+
 from .errors import MissingExtra, TableError, WorkFailed, nearest, one_line
 from .progress import progress, set_quiet, track
 
 __all__ = ["MissingExtra", "WorkFailed", "make_app", "progress", "require", "track"]
 
 FRAME = ("config", "quiet", "as_json", "debug")
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, the size that a file may have
 CONFIG = "paper_tables.config"  # of a context's meta: the file that was read
 
 

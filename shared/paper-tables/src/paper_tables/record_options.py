@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .frame import FULL
+from model_hooks.files import FULL
 
 _DATA = typer.Argument(metavar="DATA", help="Records: .json, .jsonl(.gz, .zst), .parquet, a datasets folder, a hub "
                        "name, or zoo:pairs.")  # fmt: skip

@@ -13,8 +13,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from model_hooks.files import FULL
+
 from .errors import TableError, nearest, one_line
-from .frame import FULL, plain
+from .frame import plain
 from .machine import describe, machine
 from .paper import Context, Paper, check_scale
 from .progress import Bar, progress
