@@ -12,7 +12,9 @@ from llm_drop.tables import FIGURES, PAPER, plan_of_cell, run, scores_of_cell
 
 from model_hooks import fingerprint
 from paper_tables import Context
+from paper_tables.claims import judge
 from paper_tables.errors import TableError
+from paper_tables.quantity import Quantity
 
 
 @pytest.fixture
@@ -51,6 +53,43 @@ def test_the_figures_of_the_abstract_are_there_and_no_other() -> None:
         ("half", "llama-2-70b-half", "decode"): (1.484, "abstract"),
         ("joint", "joint-31", "kept"): (90, "abstract"),
     }
+
+
+def rows_of(table: str) -> dict[str, dict[str, Any]]:
+    return {row.id: dict(row.params) for row in PAPER.tables()[table].rows("paper")}
+
+
+def test_scale_paper_has_the_rows_of_the_papers_tables() -> None:
+    kinds, main, joint, healing = ("attention", "mlp", "block"), rows_of("main"), rows_of("joint"), rows_of("healing")
+    for n in (4, 8):
+        assert {f"{model}{kind}-{n}" for model in ("", "llama-2-13b-") for kind in kinds} <= set(main)
+    assert {row["model"] for name, row in main.items() if "llama" in name} == {"meta-llama/Llama-2-13b-hf"}
+    counts = {kind: [row["n"] for row in joint.values() if row["method"] == kind] for kind in (*kinds, "joint")}
+    assert counts["attention"] == counts["mlp"] == counts["joint"]
+    assert {8, 31} <= set(counts["joint"])
+    for model in ("llama-2-7b-math", "mistral-7b-math"):
+        rows = {name.removeprefix(model): row for name, row in healing.items() if name.startswith(model)}
+        assert list(rows) == ["", "-attention-8", "-attention-12", "-attention-8-lora", "-attention-12-lora"]
+        assert [(r["method"], r.get("n"), r["heal"]) for r in rows.values()] == [
+            ("none", None, "none"), ("attention", 8, "none"), ("attention", 12, "none"), ("attention", 8, "lora"),
+            ("attention", 12, "lora"),
+        ]  # fmt: skip
+
+
+def test_the_claims_of_the_main_table_ask_for_both_models() -> None:
+    table = PAPER.tables()["main"]
+    claims = {claim.id: claim for claim in table.claims}
+    figures = {"attention": 1.1, "mlp": 1.2, "block": 1.3}
+
+    def judged(claim: str, worse: str = "") -> str:
+        def lookup(row: str, column: str) -> Quantity:
+            return Quantity(9.0 if row == worse else figures[row.split("-")[-2]])
+
+        return judge(table, claims[claim], "paper", lookup).status
+
+    for claim in ("attention-under-mlp", "attention-under-block"):
+        assert judged(claim) == "held"
+        assert judged(claim, "attention-8") == judged(claim, "llama-2-13b-attention-8") == "not held"
 
 
 def test_a_row_drops_what_it_says(cell: dict[str, Any], context: Context) -> None:

@@ -137,6 +137,12 @@ def test_two_lists_are_multiplied_out(verdict):
     assert found.detail.count(">") == 4
 
 
+def test_an_empty_value_is_not_named(verdict):
+    found = verdict('bits["{kind}attention-2"] > 1.1', kind=["", "no-"], n=[2])
+    assert (found.status, found.detail) == (NOT_MEASURED, 'kind=no-, n=2: no bits["no-attention-2"]')
+    assert verdict('bits["{kind}attention-2"] > 1.1', kind=[""], n=[2]).detail == "n=2: 1.2 > 1.1"
+
+
 samples = st.lists(st.floats(0, 4).map(lambda x: round(x, 3)), min_size=3, max_size=3)
 
 

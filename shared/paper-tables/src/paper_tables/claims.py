@@ -233,7 +233,7 @@ def judge(table: Table, claim: Claim, scale: str, lookup: Lookup) -> Verdict:
     broken: list[str] = []
     missing: list[str] = []
     for choice in choices:
-        label = ", ".join(f"{k}={v}" for k, v in choice.items())
+        label = ", ".join(f"{k}={v}" for k, v in choice.items() if v != "")
         evaluator = _Evaluator(table, lookup, rows, {**table.scales[scale].settings, **choice})
         try:
             target = held if evaluator.truth(expression) else broken
