@@ -174,7 +174,7 @@ def drop_to_folder(
     return {"folder": folder, "format": to, "drops": plan.describe(), "measured": rows}
 
 
-def _loss(model: Any, tokenizer: Any, source: str, documents: int = 16, characters: int = 4000) -> dict[str, float]:
+def _loss(model: Any, tokenizer: Any, source: str, documents: int = 16, characters: int = 2000) -> dict[str, float]:
     from paper_tables.quality import excerpts, language
 
     if not source or tokenizer is None:

@@ -21,12 +21,13 @@ class H2O(Method):
     def allowed(self, step: Step) -> Tensor:
         """For queries one after another; what is kept and how heavy it is stays in `step.state`."""
         alive, heavy = self.recall(step)
+        read = step.read.expand(len(alive), -1, -1)
         kept = alive.new_empty(len(step.q), step.kv_heads, step.queries, step.tokens)
         for i in range(step.queries):
             now = slice(i, i + 1)
             visible = step.rows.visible[:, :, now]
             here = alive[:, :, None] & visible
-            counts = step.read[:, :, now].expand(len(alive), -1, -1)
+            counts = read[:, :, now]
             keep = keep_top(heavy[:, :, None], here, counts, 0, counts - counts // 2)
             alive &= keep[:, :, 0] | ~visible[:, :, 0]
             kept[:, :, now] = keep
