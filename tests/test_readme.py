@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -105,6 +106,20 @@ def test_the_results_in_a_readme_are_the_committed_ones():
         assert file is not None, f"the README of {name} has no place for results"
         fresh = results.with_block(file.read_text(), results.block(paper))
         assert fresh == file.read_text(), f"run `paper-tables run {name} --scale tiny --publish`"
+
+
+def test_the_figures_of_the_packages_are_those_of_their_results():
+    """Each decimal number or percentage of the table is one of the package's results, rounded."""
+    rows = re.findall(r"^\| \[([\w-]+)\]\(packages/.*\| (.*) \|$", READMES[0].read_text(), re.MULTILINE)
+    assert {name for name, _ in rows} == set(installed()[0])
+    for name, text in rows:
+        block = (environment.ROOT / "packages" / name / "README.md").read_text().partition("<!-- results -->")[2]
+        measured = [float(number) for number in re.findall(r"(?<![\w.])\d+(?:\.\d+)?", block.replace(",", ""))]
+        said = re.findall(r"\d+\.\d+|\d+(?=(?:, [\d.]+)* %| ± )", text)
+        assert len(said) >= 4
+        for figure in said:
+            half = 0.5000001 * 10.0 ** -len(figure.partition(".")[2])
+            assert any(abs(number - float(figure)) <= half for number in measured), f"{name}: {figure}"
 
 
 def test_the_two_commands_stand_in_the_readme():

@@ -9,8 +9,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from llm_drop import Scores, apply, plan_for_budget
+from llm_drop import Scores, apply, plan_for_budget, score
 from llm_drop.budget import Costs, choose, kv_costs, latency_costs, parameter_costs
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from model_hooks import RequestError
 from paper_tables import metrics
@@ -62,6 +63,25 @@ def test_half_of_the_cache_is_exactly_half_of_it(model: Any, scores: Scores) -> 
     assert len(plan.attention) == 3
     assert not plan.mlp
     assert metrics.kv_bytes(apply(model, plan, check=False), ids) == costs.total / 2
+
+
+def test_sliding_windows_count_for_what_they_hold() -> None:
+    """Of 40 tokens a window of 16 holds 15, so that a full layer is worth more than two sliding ones."""
+    torch.manual_seed(0)
+    types = ["sliding_attention", "full_attention"] * 2
+    config = Gemma3TextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, layer_types=types, sliding_window=16, pad_token_id=0,
+    )  # fmt: skip
+    model, ids = Gemma3ForCausalLM(config).eval(), torch.arange(40).unsqueeze(0) + 3
+    costs = kv_costs(model, 40)
+    assert costs.total == metrics.kv_bytes(model, ids)
+    assert [costs.units["attention", i] for i in range(4)] == [15 * 2 * 2 * 8 * 4, 40 * 2 * 2 * 8 * 4] * 2
+    plan = plan_for_budget(score(model, ids, name="sliding"), {"kv": costs}, {"kv": 0.7})
+    assert metrics.kv_bytes(apply(model, plan, check=False), ids) == costs.total - sum(
+        costs.units[u] for u in plan.units
+    )
+    assert set(plan.attention) in ({1}, {3})
 
 
 def test_a_parameter_budget_is_kept(model: Any, scores: Scores) -> None:

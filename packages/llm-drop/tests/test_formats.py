@@ -17,7 +17,15 @@ from llm_drop.formats import check_nemotron_nas
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import build
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GenerationConfig,
+    GPT2Config,
+    LlamaForCausalLM,
+    MixtralConfig,
+    PhiConfig,
+)
 
 from model_hooks import RequestError, checkpoint, load
 from model_hooks.zoo import tokenizer
@@ -67,6 +75,31 @@ def test_hf_remote_loads_where_nothing_of_ours_is_known_as_its_card_says(dropped
     assert torch.equal(found, logits(dropped))
     assert torch.equal(text, dropped.generate(IDS, do_sample=False, max_new_tokens=8))
     assert words == tokenizer.load()("import os").input_ids
+
+
+@pytest.mark.parametrize(
+    ("to", "family"),
+    [
+        *(("zeroed", family) for family in (GPT2Config, Gemma2Config, PhiConfig, MixtralConfig)),
+        *(pytest.param("hf-remote", family, marks=pytest.mark.slow) for family in (PhiConfig, MixtralConfig)),
+    ],
+)
+def test_forms_of_other_families(to: str, family: Any, tmp_path: Path) -> None:
+    """Conv1D, norms on both sides, parallel halves, experts that are stored otherwise than they are held."""
+    size: dict[str, Any] = {
+        "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "pad_token_id": 0,
+        "max_position_embeddings": 128,
+    }  # fmt: skip
+    size |= {} if family is GPT2Config else {"intermediate_size": 64, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(family(**size)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.15)
+    whole = logits(model)
+    apply(model, Plan(4, (0, 2), (2, 3)), check=False)
+    again, _ = load(export(model, None, tmp_path / "out", to), tokenizer=False)
+    assert not torch.allclose(logits(model), whole, atol=0.1)
+    torch.testing.assert_close(logits(again), logits(model))
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import inspect
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig
+from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, conversion_mapping
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 
@@ -142,5 +142,9 @@ class LLMDropForCausalLM:
     @classmethod
     def from_pretrained(cls, path, *args, config, **kwargs):
         kwargs.pop("trust_remote_code", None)
-        base = AutoModelForCausalLM._model_mapping[CONFIG_MAPPING[config.lean["base_model_type"]]]
+        stock = config.lean["base_model_type"]
+        base = AutoModelForCausalLM._model_mapping[CONFIG_MAPPING[stock]]
+        rules = conversion_mapping.get_checkpoint_conversion_mapping(stock)
+        if rules is not None:  # checkpoints of some types (Mixtral) are laid out otherwise than their modules
+            conversion_mapping.register_checkpoint_conversion_mapping(config.model_type, rules, overwrite=True)
         return model_class(base).from_pretrained(path, *args, config=config, **kwargs)
