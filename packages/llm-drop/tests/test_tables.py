@@ -67,6 +67,8 @@ def test_scale_paper_has_the_rows_of_the_papers_tables() -> None:
     counts = {kind: [row["n"] for row in joint.values() if row["method"] == kind] for kind in (*kinds, "joint")}
     assert counts["attention"] == counts["mlp"] == counts["joint"]
     assert {8, 31} <= set(counts["joint"])
+    lengths = [(row["context"], row["new_tokens"]) for row in rows_of("speed").values() if "context" in row]
+    assert list(dict.fromkeys(lengths)) == [(n, n) for n in (32, 64, 128, 256, 512)]
     for model in ("llama-2-7b-math", "mistral-7b-math"):
         rows = {name.removeprefix(model): row for name, row in healing.items() if name.startswith(model)}
         assert list(rows) == ["", "-attention-8", "-attention-12", "-attention-8-lora", "-attention-12-lora"]
