@@ -103,21 +103,20 @@ def launch_variants(dtype: torch.dtype) -> None:
         sparse_lora.sparse_lora_matmul(rows, dense, a, b, bits, 0.5, dense[:, 0])
         sparse_lora.sparse_lora_backward(down, rows, dense, a, b, bits, 0.5, True, True)
     sparse24.matmul_24(rows[:16], *pack(dense), dense[:, 0])
-    for everything in (False, True):
-        launch_linear_ce(dtype, (200, 512, 3000), everything)
-        launch_linear_ce(dtype, (1, 1, 1), everything)
+    launch_linear_ce(dtype, sizes=((200, 512, 3000), (1, 1, 1)))
     launch_loki(dtype)
 
 
-def launch_linear_ce(dtype: torch.dtype, size: tuple[int, int, int], everything: bool) -> None:
-    """With all results or one; the size is T, H, V."""
-    rows, width, vocabulary = size
-    h, weight = torch.zeros(rows, width, dtype=dtype), torch.zeros(vocabulary, width, dtype=dtype)
-    linear_ce.linear_ce(
-        h, weight, torch.zeros(rows).long(), weight[:, 0].contiguous() if everything else None, ignore_index=-100,
-        vocab_start=int(rows == 1), softcap=30.0 if everything else None, logit_scale=0.5,
-        **dict.fromkeys(("entropy", "rank", "argmax"), everything),
-    )  # fmt: skip
+def launch_linear_ce(dtype: torch.dtype, sizes: tuple[tuple[int, int, int], ...]) -> None:
+    """With all results or one; sizes are T, H, V."""
+    for rows, width, vocabulary in sizes:
+        h, weight = torch.zeros(rows, width, dtype=dtype), torch.zeros(vocabulary, width, dtype=dtype)
+        for all_of_it, bias in ((False, None), (True, weight[:, 0].contiguous())):
+            asked = dict.fromkeys(("entropy", "rank", "argmax"), all_of_it)
+            linear_ce.linear_ce(
+                h, weight, torch.zeros(rows).long(), bias, ignore_index=-100, vocab_start=int(rows == 1),
+                softcap=30.0 if all_of_it else None, logit_scale=0.5, **asked,
+            )  # fmt: skip
 
 
 def launch_loki(dtype: torch.dtype) -> None:
@@ -171,7 +170,7 @@ def launch_largest(dtype: torch.dtype) -> None:
         sparse_lora.sparse_lora_backward(rows[:length], rows[:length], dense, a, b, bits, 0.5, True, True)
     for length in (16, sparse24.SMALL):
         sparse24.matmul_24(rows[:length], *pack(dense), dense[0])
-    launch_linear_ce(dtype, (200, 512, 3000), everything=True)
+    launch_linear_ce(dtype, sizes=((200, 512, 3000),))
     for group, width in ((4, 128), (8, 256), (32, 128)):
         q, cache = torch.zeros(2, 2 * group, 1, width, dtype=dtype), torch.zeros(2, 2, 20000, width, dtype=dtype)
         lens = torch.full((2,), 20000, dtype=torch.int32)
